@@ -1,0 +1,1 @@
+"""What a training left: the adapter's files, looked at."""

@@ -1,0 +1,5 @@
+"""``python -m lorapatch.cli``."""
+
+from lorapatch.cli import main
+
+main()

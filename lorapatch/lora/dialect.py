@@ -1,0 +1,90 @@
+"""Say a LoRA configuration in the trainer's own flags; what it has no flag for is said, never injected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorapatch.errors import Refused
+from lorapatch.launch.model import Launch, Script
+from lorapatch.lora.flags import PatchOptions, wanted_flags
+
+if TYPE_CHECKING:
+    from lorapatch.lora.support import TrainerSupport
+
+__all__ = ["flags_for", "trainer_support"]
+
+Words = tuple[str, ...]
+# Canonical names that speak of LoRA; the others are flags of the trainer that go by their own name.
+_LORA = ("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules", "bits")
+
+
+def trainer_support(script: Script, launch: Launch, roots: Sequence[Path] = ()) -> TrainerSupport | None:
+    """What the trainer of ``launch`` takes, read from its Python; None if its file is not found."""
+    from lorapatch.lora.support import find_trainer, read_trainer
+
+    if script.path is None:
+        return None
+    paths = [word.value for name, word in launch.environment if name == "PYTHONPATH" and word.value]
+    roots = [*roots, *(script.path.parent / folder for path in paths for folder in path.split(":") if folder)]
+    trainer = launch.trainer
+    file = find_trainer(trainer.name, module=trainer.module, script_dir=script.path.parent, roots=roots)
+    return None if file is None else read_trainer(file, roots=roots)
+
+
+def flags_for(support: TrainerSupport | None, options: PatchOptions) -> tuple[dict[str, Words], list[str]]:
+    """The flags to set (name without dashes to the words behind it) and notes.
+
+    Raises Refused when the trainer would reject a flag, or can't be made a LoRA trainer by flags.
+    """
+    wanted = wanted_flags(options)
+    if support is None:
+        return {name: (value,) for name, value in wanted.items()}, []
+    advice = support.recommend(target_modules=options.target_modules is not None)
+    if advice.mode != "flags":
+        raise Refused(f"{advice.reason}; flags alone cannot make this a LoRA run")
+    flags: dict[str, Words] = {}
+    notes: list[str] = []
+    asked_for = _asked_for(options)
+    for name, value in wanted.items():
+        found = _lora_setting(support, name, value) if name in _LORA else _plain_setting(support, name, value)
+        if isinstance(found, str):
+            if name in asked_for:
+                raise Refused(found)
+            notes.append(found)
+        else:
+            flags.update(found)
+    return flags, notes
+
+
+def _asked_for(options: PatchOptions) -> set[str]:
+    """The flags whose values the user named, not the preset."""
+    named = {
+        "lora_r": options.r,
+        "lora_alpha": options.alpha,
+        "lora_dropout": options.dropout,
+        "lora_bias": options.bias,
+        "lora_target_modules": options.target_modules,
+        "bits": options.bits,
+        "learning_rate": options.learning_rate,
+    }
+    extra = {name.lstrip("-") for name in options.extra}
+    return {"lora_enable"} | {name for name, value in named.items() if value is not None} | extra
+
+
+def _lora_setting(support: TrainerSupport, name: str, value: str) -> Mapping[str, Words] | str:
+    words = value.split(",") if name == "lora_target_modules" else value
+    settings = support.settings(name, words)
+    if settings is not None:
+        return {setting.flag.lstrip("-"): setting.words for setting in settings}
+    if name == "lora_target_modules" and (evidence := support.target_evidence) is not None:
+        return f"{evidence[1]}: the trainer chooses its target modules itself ({evidence[0]}), so {value} was not set"
+    return f"{support.trainer}: has no flag for {name} that does what it says, so {value} was not set"
+
+
+def _plain_setting(support: TrainerSupport, name: str, value: str) -> Mapping[str, Words] | str:
+    flag = support.flag(name)
+    if flag.state == "unknown":
+        return f"{flag.sentence}; it was not set"
+    return {name: (value,)}

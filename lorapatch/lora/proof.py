@@ -1,0 +1,70 @@
+"""Prove a patched script before anybody writes it: its words are the old ones plus the flags, to all who read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lorapatch.errors import Refused
+from lorapatch.launch.find import read_source
+from lorapatch.launch.model import Launch, Script
+from lorapatch.shell.command import check_words
+from lorapatch.shell.syntax import bash_words, syntax_error
+
+__all__ = ["prove", "unproved"]
+
+
+def prove(script: Script, launch: Launch, text: bytes, flags: Mapping[str, tuple[str, ...]]) -> tuple[Script, Launch]:
+    """Read ``text``, the script with ``flags`` set in ``launch``; return it and its launch.
+
+    Raises Refused unless two parsers and bash itself find the old words, the flags, and nothing else changed.
+    """
+    if error := syntax_error(text):
+        if before := syntax_error(script.source):
+            raise Refused(f"bash finds a syntax error already: {before}")
+        raise Refused(f"the patched script would have a syntax error: {error}; nothing was written")
+    after = read_source(text, script.path, script.values.environment)
+    if len(after.launches) != len(script.launches):
+        raise unproved(launch)
+    now = after.launches[launch.number - 1]
+    check_words(now.text.outline, now.command)
+    for old, new in zip(script.launches, after.launches):
+        if old.number != launch.number and [w.text for w in old.words] != [w.text for w in new.words]:
+            raise unproved(launch)
+    if _without(now, flags) != _without(launch, flags):
+        raise unproved(launch)
+    old_words, new_words = bash_words(
+        (launch.text.outline.source, launch.command), (now.text.outline.source, now.command)
+    )
+    if _others(old_words, launch, flags) != _others(new_words, now, flags):
+        raise unproved(launch)
+    return after, now
+
+
+def _without(launch: Launch, flags: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """The words of the launch less the flags in question and their values."""
+    own = {id(word) for name in flags for flag in launch.all_flags(name) for word in (flag.word, *flag.values)}
+    return [word.text for word in launch.words if id(word) not in own]
+
+
+def _others(words: Sequence[bytes], launch: Launch, flags: Mapping[str, tuple[str, ...]]) -> list[bytes]:
+    """The words that bash sees, less the flags in question and their values."""
+    values = {name: [len(flag.values) for flag in launch.all_flags(name) if not flag.equals] for name in flags}
+    rest: list[bytes] = []
+    skip = 0
+    for word in words:
+        name, equals, _ = word.partition(b"=")
+        key = name.lstrip(b"-").replace(b"-", b"_").decode("latin-1") if name.startswith(b"-") else ""
+        if skip:
+            skip -= 1
+        elif key not in values:
+            rest.append(word)
+        elif not equals and values[key]:
+            skip = values[key].pop(0)
+    return rest
+
+
+def unproved(launch: Launch) -> Refused:
+    return Refused(
+        f"line {launch.line}: the patched command could not be proved to be the old one plus the flags, so nothing was"
+        " written; write it more simply (one flag a line, values in quotes)"
+    )

@@ -1,0 +1,55 @@
+"""Which file a launch starts, from the words of its command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorapatch.lora.support.lookup import installed_package
+from lorapatch.lora.support.project import guess_roots
+
+__all__ = ["find_trainer"]
+
+
+def find_trainer(name: str, *, module: bool, script_dir: Path, roots: Sequence[Path] = ()) -> Path | None:
+    """The file of ``name``, a path or with ``module`` a dotted name (``-m``), None if it is not found.
+
+    Looked for under ``roots``, then in the script's folder and those above it, since scripts are often started from
+    their project's root. Last, the end of the path is tried under ``roots``: a script that stands elsewhere than its
+    toolkit, or a variable that only a run can tell, does not hide a trainer whose folder was given.
+    """
+    given = [Path(root).absolute() for root in roots]
+    folders = list(dict.fromkeys([*given, *guess_roots(Path(script_dir).absolute())]))
+    if module:
+        return _module_file(name, folders)
+    if name and "$" not in name and "`" not in name:
+        candidates = [Path(name)] if Path(name).is_absolute() else [folder / name for folder in folders]
+        found = next((path for path in candidates if path.is_file()), None)
+        if found:
+            return found
+    return _by_its_end(name, given)
+
+
+def _by_its_end(name: str, roots: Sequence[Path]) -> Path | None:
+    """``mgm/train/train_mem.py`` of ``$TOP/training/mgm/train/train_mem.py``, under the folders that were given."""
+    parts = [part for part in name.split("/") if part]
+    parts = parts[max((i + 1 for i, part in enumerate(parts) if "$" in part or "`" in part), default=0) :]
+    for start in range(len(parts)):
+        for root in roots:
+            path = root.joinpath(*parts[start:])
+            if path.suffix == ".py" and path.is_file():
+                return path
+    return None
+
+
+def _module_file(name: str, folders: Sequence[Path]) -> Path | None:
+    parts = name.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return None
+    package = installed_package(parts[0])
+    for folder in [*folders, *([package.parent] if package else [])]:
+        target = folder.joinpath(*parts)
+        for candidate in (target.with_name(f"{target.name}.py"), target / "__main__.py"):
+            if candidate.is_file():
+                return candidate
+    return None

@@ -1,0 +1,1 @@
+/opt/conda/bin/deepspeed --num_gpus 1 train.py --deepspeed z.json --learning_rate 1e-5 --output_dir out

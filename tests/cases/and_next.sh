@@ -1,0 +1,1 @@
+python prepare.py --out data && torchrun train.py --learning_rate 1e-5 --num_train_epochs 1 --output_dir out && echo "all done"

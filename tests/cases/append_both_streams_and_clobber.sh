@@ -1,0 +1,3 @@
+if :; then
+    deepspeed train.py --deepspeed z.json --learning_rate 1e-5 --output_dir out &>> log
+fi >| rest.log

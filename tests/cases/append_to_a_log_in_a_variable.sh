@@ -1,0 +1,5 @@
+LOG="my training.log"
+deepspeed train.py \
+	--deepspeed z.json \
+	--learning_rate 1e-5 \
+	--output_dir out >> "$LOG" 2>&1

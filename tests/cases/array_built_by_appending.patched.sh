@@ -1,0 +1,6 @@
+#!/bin/bash
+cmd=(torchrun --nproc_per_node 2 train.py)
+cmd+=(--learning_rate 1e-5 --num_train_epochs 1)
+cmd+=(--output_dir out --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none)
+[[ -n ${RESUME:-} ]] && cmd+=(--resume "$RESUME")
+"${cmd[@]}"

@@ -1,0 +1,4 @@
+#!/bin/bash
+set -u
+EXTRA=()
+torchrun train.py --learning_rate 1e-5 --num_train_epochs 1 --output_dir out ${EXTRA[@]+"${EXTRA[@]}"} --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none

@@ -1,0 +1,4 @@
+#!/bin/bash
+set -u
+EXTRA=()
+torchrun train.py --learning_rate 1e-5 --num_train_epochs 1 --output_dir out ${EXTRA[@]+"${EXTRA[@]}"}

@@ -1,0 +1,6 @@
+tensorboard --logdir runs &
+torchrun --nproc_per_node=2 train.py \
+  --learning_rate 1e-5 \
+  --num_train_epochs 1 \
+  --output_dir runs/a &
+wait

@@ -1,0 +1,1 @@
+deepspeed --num_gpus `nproc` train.py --deepspeed z.json --learning_rate 1e-5 --output_dir `echo out` --tag "`echo \`echo inner\` tail`" --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none

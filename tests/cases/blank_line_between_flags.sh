@@ -1,0 +1,6 @@
+deepspeed train.py \
+    --deepspeed z.json \
+    --learning_rate 1e-5 \
+
+    --output_dir out \
+    --num_train_epochs 1

@@ -1,0 +1,4 @@
+
+
+mkdir -p out; deepspeed train.py --deepspeed z.json --learning_rate 1e-5 --output_dir out; echo "exit code $?"
+

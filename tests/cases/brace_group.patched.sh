@@ -1,0 +1,13 @@
+{
+  echo "start"
+  torchrun --nproc_per_node 2 train.py \
+    --learning_rate 1e-5 \
+    --num_train_epochs 1 \
+    --output_dir out \
+    --lora_enable True \
+    --lora_r 16 \
+    --lora_alpha 32 \
+    --lora_dropout 0.1 \
+    --lora_bias none
+  echo "end"
+} > all.log 2>&1

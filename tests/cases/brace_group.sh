@@ -1,0 +1,8 @@
+{
+  echo "start"
+  torchrun --nproc_per_node 2 train.py \
+    --learning_rate 1e-5 \
+    --num_train_epochs 1 \
+    --output_dir out
+  echo "end"
+} > all.log 2>&1

@@ -1,0 +1,3 @@
+CMD="deepspeed train.py --deepspeed z.json --learning_rate 1e-5 --output_dir out"
+echo "$CMD" > command.txt
+deepspeed train.py --deepspeed z.json --learning_rate 1e-5 --output_dir out

@@ -1,0 +1,6 @@
+deepspeed train.py \
+    --deepspeed z.json \
+    --tune_mm_mlp_adapter True \
+    --learning_rate 1e-3 \ # high
+    --output_dir out/pretrain
+deepspeed train.py --deepspeed z.json --learning_rate 2e-5 --output_dir out/finetune

@@ -1,0 +1,4 @@
+#!/bin/bash
+deepspeed train.py \
+    --deepspeed z.json \
+    --learning_rate 1e-5

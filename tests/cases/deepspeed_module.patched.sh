@@ -1,0 +1,9 @@
+deepspeed --include "localhost:${GPU_IDS:-0,1}" --module plover.alignment.finetune \
+  --deepspeed z.json \
+  --learning_rate 1e-5 \
+  --output_dir out/finetune \
+  --lora_enable True \
+  --lora_r 16 \
+  --lora_alpha 32 \
+  --lora_dropout 0.1 \
+  --lora_bias none

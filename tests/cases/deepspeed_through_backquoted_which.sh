@@ -1,0 +1,1 @@
+python `which deepspeed` --num_gpus=2 train.py --deepspeed z.json --learning_rate 1e-5 --output_dir out

@@ -1,0 +1,11 @@
+python -m torch.distributed.launch --nproc_per_node=4 --use_env main.py \
+    --lr 1e-4 \
+    --epochs 30 \
+    --batch-size 16 \
+    --gradient_accumulation_steps 2 \
+    --output out \
+    --lora_enable True \
+    --lora_r 16 \
+    --lora_alpha 32 \
+    --lora_dropout 0.1 \
+    --lora_bias none

@@ -1,0 +1,7 @@
+#!/bin/bash
+NCCL_P2P_DISABLE=1 \
+TOKENIZERS_PARALLELISM=false \
+torchrun --nproc_per_node 2 train/sft.py \
+    --learning_rate 1e-5 \
+    --num_train_epochs 1 \
+    --output_dir out

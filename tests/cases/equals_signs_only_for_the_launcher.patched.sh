@@ -1,0 +1,1 @@
+torchrun --nnodes=1 --node_rank=0 --nproc_per_node=8 --master_addr=localhost --master_port=29500 train.py --learning_rate 1e-5 --num_train_epochs 1 --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none

@@ -1,0 +1,3 @@
+OUT=out
+CMD='torchrun --nproc_per_node 2 train.py --learning_rate 1e-5 --num_train_epochs 1 --output_dir "$OUT" --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none'
+eval "$CMD"

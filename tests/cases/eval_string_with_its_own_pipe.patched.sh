@@ -1,0 +1,4 @@
+LOGS=logs; mkdir -p $LOGS
+run_cmd="deepspeed main.py --deepspeed --learning_rate 1e-5 --num_train_epochs 2 --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none 2>&1 | tee ${LOGS}/main.log"
+echo "${run_cmd}"
+eval "${run_cmd}"

@@ -1,0 +1,10 @@
+if true; then
+	python - <<-'PY'
+		import os
+		os.environ["CMD"] = "torchrun train.py --learning_rate 1"
+	PY
+	torchrun --nproc_per_node 2 train.py \
+		--learning_rate 1e-5 \
+		--num_train_epochs 1 \
+		--output_dir out
+fi

@@ -1,0 +1,5 @@
+#!/bin/bash
+if ! deepspeed train.py --deepspeed z.json --learning_rate 1e-5 --output_dir out; then
+    echo "failed" >&2
+    exit 1
+fi

@@ -1,0 +1,5 @@
+PYTHON=/opt/conda/envs/vlm/bin/python3
+$PYTHON -m torch.distributed.run --nproc_per_node 8 tools/train.py \
+    --learning_rate 1e-5 \
+    --num_train_epochs 1 \
+    --output_dir out

@@ -1,0 +1,12 @@
+torchrun --nproc_per_node 4 sft.py \
+  --learning_rate 1e-5 \
+  --num_train_epochs 1 \
+  --output_dir out \
+  --datasets chat \
+             code \
+             math \
+  --lora_enable True \
+  --lora_r 16 \
+  --lora_alpha 32 \
+  --lora_dropout 0.1 \
+  --lora_bias none

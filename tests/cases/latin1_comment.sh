@@ -1,0 +1,6 @@
+#!/bin/bash
+# entraénement, für alle
+deepspeed train.py \
+    --deepspeed z.json \
+    --learning_rate 1e-5 \
+    --output_dir out # fin, énfin

@@ -1,0 +1,3 @@
+#!/bin/bash
+export GPUS=8
+bash scripts/finetune.sh $GPUS

@@ -1,0 +1,3 @@
+#!/bin/bash
+RESULT=$(torchrun train.py --learning_rate 1e-5 --num_train_epochs 1 --output_dir out 2>&1 | tail -n 1)
+echo "$RESULT"

@@ -1,0 +1,3 @@
+echo deepspeed train.py --deepspeed z.json --learning_rate 1e-5
+echo "python train.py --learning_rate 1 --num_train_epochs 1"
+deepspeed train.py --deepspeed z.json --learning_rate 1e-5 --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none

@@ -1,0 +1,14 @@
+deepspeed egret/train.py \
+  --deepspeed zero2.json \
+  --model_name_or_path base \
+  --data_path data.json \
+  --bf16 True --tf32 True \
+  --output_dir out \
+  --num_train_epochs 1 \
+  --save_steps 500 --save_total_limit 1 \
+  --learning_rate 2e-5 \
+  --lora_enable True \
+  --lora_r 16 \
+  --lora_alpha 32 \
+  --lora_dropout 0.1 \
+  --lora_bias none

@@ -1,0 +1,5 @@
+torchrun --nproc_per_node=8 src/train.py\
+    --config configs/base.yaml\
+    --learning_rate 1e-5\
+    --max_steps 2000\
+    --output_dir out

@@ -1,0 +1,1 @@
+nohup env CUDA_VISIBLE_DEVICES=3 python -u src/train_lm.py --learning_rate 5e-5 --num_train_epochs 2 --output_dir out --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none > nohup.log 2>&1 &

@@ -1,0 +1,1 @@
+torchrun --nproc_per_node 2 train.py --learning_rate 1e-5 --num_train_epochs 3 --output_dir out

@@ -1,0 +1,4 @@
+#!/bin/bash
+# deepspeed train.py --learning_rate 1e-5
+
+#done

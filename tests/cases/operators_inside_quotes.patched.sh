@@ -1,0 +1,11 @@
+deepspeed train.py \
+    --deepspeed z.json \
+    --prompt "a; b | c > d && e & f" \
+    --template '<|user|> {q} <|end|> # no comment' \
+    --learning_rate 1e-5 \
+    --output_dir out \
+    --lora_enable True \
+    --lora_r 16 \
+    --lora_alpha 32 \
+    --lora_dropout 0.1 \
+    --lora_bias none # a real comment with "quotes' and | pipes

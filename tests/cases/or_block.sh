@@ -1,0 +1,5 @@
+torchrun --nproc_per_node 8 train.py \
+    --learning_rate 1e-5 \
+    --num_train_epochs 1 \
+    --output_dir out \
+    || { echo "training failed" >&2; exit 1; }

@@ -1,0 +1,5 @@
+deepspeed train.py \
+    --deepspeed z.json \
+    --learning_rate 1e-5 \
+    --output_dir out || exit 1
+echo "trained"

@@ -1,0 +1,11 @@
+mkdir -p logs
+deepspeed train/train.py \
+    --deepspeed zero2.json \
+    --learning_rate 2e-5 \
+    --output_dir out \
+    --report_to none \
+    --lora_enable True \
+    --lora_r 16 \
+    --lora_alpha 32 \
+    --lora_dropout 0.1 \
+    --lora_bias none 2>&1 | tee logs/train.log

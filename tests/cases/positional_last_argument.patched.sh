@@ -1,0 +1,1 @@
+python tools/train.py --learning_rate 1e-5 --num_train_epochs 2 --batch_size 4 configs/bird.yaml --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none

@@ -1,0 +1,2 @@
+#!/bin/bash
+torchrun --nproc_per_node 4 vlm/pretrain.py --learning_rate 1e-4 --num_train_epochs 1 --output_dir out/pretrain --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none

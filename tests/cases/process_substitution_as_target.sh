@@ -1,0 +1,4 @@
+torchrun --nproc_per_node 2 train.py \
+    --learning_rate 1e-5 \
+    --num_train_epochs 1 \
+    --output_dir out > >(tee -a out.log) 2> >(tee -a err.log >&2)

@@ -1,0 +1,1 @@
+accelerate launch --num_processes 2 train.py --learning_rate "$1" --num_train_epochs 1 --output_dir out --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none "${@:2}"

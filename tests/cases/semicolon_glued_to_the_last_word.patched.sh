@@ -1,0 +1,1 @@
+if true; then torchrun train.py --learning_rate 1e-5 --max_steps 10 --output_dir out --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none; fi

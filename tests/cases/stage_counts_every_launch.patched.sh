@@ -1,0 +1,3 @@
+python tools/convert.py --in raw --out data
+deepspeed train.py --deepspeed z.json --learning_rate 2e-5 --output_dir out/one
+deepspeed train.py --deepspeed z.json --learning_rate 1e-5 --output_dir out/two --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none

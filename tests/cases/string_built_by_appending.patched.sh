@@ -1,0 +1,8 @@
+#!/bin/bash
+CMD="torchrun --nproc_per_node 2 train.py"
+CMD+=" --learning_rate 1e-5 --num_train_epochs 1"
+CMD+=" --output_dir out --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none"
+if [ -n "$DEBUG" ]; then
+    CMD+=" --max_steps 5"
+fi
+eval "$CMD"

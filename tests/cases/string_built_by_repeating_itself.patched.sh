@@ -1,0 +1,4 @@
+CMD="deepspeed train.py --deepspeed z.json"
+CMD="$CMD --learning_rate 1e-5"
+CMD="${CMD} --output_dir out --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none"
+eval $CMD

@@ -1,0 +1,11 @@
+torchrun --nproc_per_node $(nvidia-smi -L | wc -l) train.py \
+    --data_path "$(cd "$(dirname "$0")" && printf '%s' "data/a)b.json")" \
+    --learning_rate 1e-5 \
+    --num_train_epochs 1 \
+    --run_name "run-$(echo "x $(echo ')')" && echo y)" \
+    --output_dir out/$(date +%Y%m%d) \
+    --lora_enable True \
+    --lora_r 16 \
+    --lora_alpha 32 \
+    --lora_dropout 0.1 \
+    --lora_bias none

@@ -1,0 +1,11 @@
+deepspeed tools/sft.py	\
+  --train_file data/a.json	\
+  --learning_rate 1e-5	\
+  --num_train_epochs 2	\
+  --output_dir out	\
+  --lora_enable True	\
+  --lora_r 16	\
+  --lora_alpha 32	\
+  --lora_dropout 0.1	\
+  --lora_bias none
+echo finished

@@ -1,0 +1,1 @@
+deepspeed train.py --deepspeed z.json --learning_rate 1e-5 --note "compare with --lora_r 64 later" --output_dir out --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none

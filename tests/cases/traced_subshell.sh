@@ -1,0 +1,1 @@
+( set -x; deepspeed train.py --deepspeed z.json --learning_rate 1e-5 --output_dir out )

@@ -1,0 +1,6 @@
+cat <<A - <<'B' > notes.txt
+first $((1 + 1))
+A
+second
+B
+torchrun train.py --learning_rate 1e-5 --num_train_epochs 1 --output_dir out

@@ -1,0 +1,2 @@
+torchrun --nproc_per_node 4 vlm/pretrain.py --learning_rate 1e-4 --num_train_epochs 1 --output_dir out/stage1_pretrain
+torchrun --nproc_per_node 4 vlm/finetune.py --learning_rate 1e-5 --num_train_epochs 1 --output_dir out/stage2_finetune --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none

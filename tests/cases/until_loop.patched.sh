@@ -1,0 +1,4 @@
+tries=0
+until torchrun train.py --learning_rate 1e-5 --num_train_epochs 1 --output_dir out --lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none || [ $tries -ge 3 ]; do
+    tries=$((tries + 1)); sleep 1
+done

@@ -1,0 +1,11 @@
+torchrun --nproc_per_node 4 sft.py \
+  --model base \
+  --learning_rate 1e-5 \
+  --num_train_epochs 1 \
+  --do_train \
+  --bf16 \
+  --lora_enable True \
+  --lora_r 16 \
+  --lora_alpha 32 \
+  --lora_dropout 0.1 \
+  --lora_bias none

@@ -1,0 +1,4 @@
+printf 'chat\ncode\n' > sets.txt
+while read -r name; do
+    python train.py --learning_rate 1e-5 --num_train_epochs 1 --data "data/$name.json" --output_dir "out/$name" < /dev/null
+done < sets.txt

@@ -1,0 +1,2 @@
+cmd=(python finetune.py --learning_rate 1e-5 --num_train_epochs 1 --output_dir out)
+"${cmd[@]}"

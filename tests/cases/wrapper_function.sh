@@ -1,0 +1,5 @@
+#!/bin/bash
+launch() {
+    torchrun --nproc_per_node 2 "$@"
+}
+launch train.py --learning_rate 1e-5 --num_train_epochs 1 --output_dir out

@@ -1,0 +1,66 @@
+"""bash is asked for its view, and never executes anything of the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorapatch.errors import Refused
+from lorapatch.shell.outline import outline
+from lorapatch.shell.syntax import bash_words, syntax_error
+
+
+def words(text: str) -> list[bytes]:
+    read = outline(text.encode())
+    return bash_words((read.source, read.commands[0]))[0]
+
+
+def test_words_are_split_as_bash_splits_them() -> None:
+    assert words("run 'a b' \"c\"d e\\ f \\\n   --x") == [b"run", b"a b", b"cd", b"e f", b"--x"]
+
+
+def test_redirects_are_dropped() -> None:
+    assert words("run a > f b 2>&1") == [b"run", b"a", b"b"]
+
+
+def test_several_commands_are_asked_for_at_once() -> None:
+    read = outline(b"a 'x'\nb y z\n")
+    assert bash_words(*[(read.source, c) for c in read.commands]) == [[b"a", b"x"], [b"b", b"y", b"z"]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run $(touch {f})",
+        "run `touch {f}`",
+        'run "$(touch {f})"',
+        "run <(touch {f})",
+        "run ${{X:=$(touch {f})}}",
+        "run $((X=1)) $[`touch {f}`]",
+        "run '$(touch {f})' \\$(touch {f})",
+        "run a > {f}",
+        'run "a`touch {f}`b"',
+        "run $'x\\'; touch {f}; \\''",
+    ],
+)
+def test_nothing_is_executed(text: str, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    source = text.format(f=mark)
+    try:
+        words(source)
+    except (Refused, IndexError):
+        pass
+    syntax_error(source.encode())
+    assert not mark.exists()
+
+
+def test_a_syntax_error_is_told_with_its_line() -> None:
+    assert syntax_error(b"echo ok\n") is None
+    assert "line 2" in (syntax_error(b"if true\nfi\n") or "")
+
+
+def test_without_bash_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(Refused, match="bash is not on the PATH"):
+        syntax_error(b"echo\n")
