@@ -27,13 +27,29 @@ def _say() -> None:
     cuda = torch.cuda.is_initialized()
     line = {
         "lorapatch": "observer",
-        "rank": os.environ["RANK"],
+        "rank": os.environ.get("RANK", "0"),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "peak_allocated_B": torch.cuda.max_memory_allocated() if cuda else None,
         "peak_reserved_B": torch.cuda.max_memory_reserved() if cuda else None,
+        "device_used_B": _device_used() if cuda else None,
         "versions": {name: _version(name) for name in PACKAGES},
     }
     print("\n" + json.dumps(line), flush=True)
+
+
+def _device_used() -> int | None:
+    """Bytes of the GPU that this process had at its most, as NVML counts them by process."""
+    torch = sys.modules["torch"]
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        mine = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+    except (ImportError, pynvml.NVMLError):
+        return None
+    outside = mine[0] - torch.cuda.memory_reserved() if mine and mine[0] else None
+    return None if outside is None else outside + torch.cuda.max_memory_reserved()
 
 
 def _version(name: str) -> str | None:
@@ -44,5 +60,5 @@ def _version(name: str) -> str | None:
 
 
 _run_hidden()
-if "RANK" in os.environ:  # a trainer, not its launcher
+if os.environ.keys() & {"RANK", "OBSERVE_PYTHON"}:  # a trainer, not its launcher
     atexit.register(_say)

@@ -1,0 +1,408 @@
+"""Predicted against measured GPU memory: scripts of many kinds, each estimated first and then run; the peers beside.
+
+    python benchmarks/memory_accuracy.py prepare --work W --data samples.json --images FOLDER   # scripts, configurations
+    python benchmarks/memory_accuracy.py predict --work W [--python P] [--upstream-python P]    # no GPU is touched
+    python benchmarks/memory_accuracy.py measure --work W --upstream MGM --upstream-path OLD    # needs a GPU
+
+Every configuration is a launch script of its own (``W/scripts/NAME.sh``): ``lorapatch.estimate`` reads it, and bash runs
+it. Every sample is the longest of the data, so that each micro-batch is the one that makes the peak. ``measure`` refuses
+to run what has no prediction, and packs as many runs on the card at once as their predictions allow: memory is
+counted by process. True size, random weights; upstream (MGM, unmodified) runs with the packages that it pins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import upstream
+
+import lorapatch
+from lorapatch.run.log import Announcement, LogParser, Metrics
+from lorapatch.run.options import free_port
+
+HERE = Path(__file__).resolve().parent
+CONFIGURATIONS = Path(lorapatch.__file__).parent / "demo/toolkit/training/scripts"
+GIB = 1 << 30
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 2048,
+    "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "max_position_embeddings": 2048, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+QWEN2 = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 152064, "hidden_size": 3584,
+    "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "max_position_embeddings": 32768, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration: ``trainer`` lorapatch, upstream or text; ``flags`` beside the usual ones."""
+
+    name: str
+    trainer: str
+    micro_batch: int
+    zero: int | None = 2
+    lora: bool = True
+    flags: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+
+
+NO_CHECKPOINTS = {"gradient_checkpointing": False}
+RUNS = [
+    Run("lora-1", "lorapatch", 1),
+    Run("lora-4", "lorapatch", 4),
+    Run("lora-16", "lorapatch", 16),
+    Run("full-1", "lorapatch", 1, lora=False),
+    Run("full-4", "lorapatch", 4, lora=False),
+    Run("full-16", "lorapatch", 16, lora=False),
+    Run("lora-4-no-checkpointing", "lorapatch", 4, flags=NO_CHECKPOINTS),
+    Run("lora-16-no-checkpointing", "lorapatch", 16, flags=NO_CHECKPOINTS),
+    Run("lora-4-zero3", "lorapatch", 4, zero=3),
+    Run("full-1-zero3", "lorapatch", 1, zero=3, lora=False),
+    Run("lora-4-no-zero", "lorapatch", 4, zero=None),
+    Run("lora-16-no-zero", "lorapatch", 16, zero=None),
+    Run("lora-4-4bit", "lorapatch", 4, flags={"bits": 4}),
+    Run("lora-1-4bit", "lorapatch", 1, flags={"bits": 4}),
+    Run("upstream-lora-1", "upstream", 1),
+    Run("upstream-lora-4", "upstream", 4),
+    Run("upstream-lora-16", "upstream", 16),
+    Run("upstream-full-1", "upstream", 1, lora=False),
+    Run("llama-1b-lora-4", "text", 4, zero=None, model="llama-1b", flags={"sequence": 1024}),
+    Run("llama-1b-full-4", "text", 4, zero=None, lora=False, model="llama-1b", flags={"sequence": 1024}),
+    Run("qwen2-7b-lora-2", "text", 2, zero=None, model="qwen2-7b", flags={"sequence": 1024}),
+    Run("qwen2-7b-lora-2-zero2", "text", 2, zero=2, model="qwen2-7b", flags={"sequence": 1024}),
+]
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """The longest sample many times, the folders' configurations and tokenizer, and a script for each run."""
+    samples = json.loads(options.data.read_text(encoding="utf-8"))
+    work = options.work
+    (work / "scripts").mkdir(parents=True, exist_ok=True)
+    folders = work / "zoo"
+    if not (folders / "LLM/gemma/gemma-2b-it/tokenizer.json").is_file():
+        _configurations(folders, samples, options.size)
+    longest = max(samples, key=lambda sample: _tokens(folders, sample))
+    many = [{**longest, "id": str(number)} for number in range(512)]
+    (work / "samples.json").write_text(json.dumps(many), encoding="utf-8")
+    for name, config in (("llama-1b", LLAMA), ("qwen2-7b", QWEN2)):
+        (folders / name).mkdir(exist_ok=True)
+        (folders / name / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    for run in chosen(options):
+        (work / "scripts" / f"{run.name}.sh").write_text(script(options, run), encoding="utf-8")
+    print(f"{len(chosen(options))} scripts in {work / 'scripts'}")
+    return 0
+
+
+def _configurations(folders: Path, samples: list[dict[str, Any]], size: str) -> None:
+    """What ``upstream.make_zoo`` writes beside the weights: models on the meta device have the same configurations."""
+    import torch
+
+    from lorapatch.demo import zoo
+    from lorapatch.demo.tokenizer import train_tokenizer
+
+    language = folders / zoo.FOLDERS["language"]
+    tokens = train_tokenizer((turn["value"] for s in samples for turn in s["conversations"]), language)
+    true = zoo.SIZES["true"]
+    shape = zoo.Size(zoo.SIZES[size].language, zoo.SIZES[size].vision, true.vision_aux, true.embed)
+    models = zoo.build(shape, tokens=tokens, device="meta", dtype=torch.bfloat16)
+    for model, name in ((models.language, "language"), (models.vision, "vision")):
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folders / zoo.FOLDERS[name])
+    aux = folders / zoo.FOLDERS["vision_aux"]
+    aux.mkdir(parents=True, exist_ok=True)
+    zoo._dump(aux / "open_clip_config.json", zoo._open_clip_config(shape))
+
+
+def _tokens(folders: Path, sample: dict[str, Any]) -> int:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folders / "LLM/gemma/gemma-2b-it/tokenizer.json"))
+    return sum(len(tokenizer.encode(turn["value"]).ids) for turn in sample["conversations"])
+
+
+def chosen(options: argparse.Namespace) -> list[Run]:
+    """The runs that ``--only`` names, all without it."""
+    return [run for run in RUNS if not options.only or run.name in options.only]
+
+
+def script(options: argparse.Namespace, run: Run) -> str:
+    """The launch as somebody would write it."""
+    words = _text_words(options, run) if run.trainer == "text" else _mgm_words(options, run)
+    launch = " \\\n    ".join(words)
+    return f"#!/bin/bash\n# {run.name}\n{launch}\n"
+
+
+def _launcher(run: Run, *trainer: str) -> list[str]:
+    if run.zero is None:
+        return [f"{shlex.quote(sys.executable)} {' '.join(trainer)}"]
+    module = " ".join(trainer).replace("-m ", "--module ")
+    return [f'deepspeed --num_gpus 1 --master_port "$MASTER_PORT" {module}']
+
+
+def _mgm_words(options: argparse.Namespace, run: Run) -> list[str]:
+    pair = upstream.Run(run.trainer, run.micro_batch, 2)
+    words = upstream.flags(options, pair)
+    values = dict(zip(words[::2], words[1::2], strict=True))
+    values["--output_dir"] = str(options.work / "runs" / run.name)
+    values |= {f"--{name}": str(value) for name, value in run.flags.items()}
+    if run.zero is None:
+        del values["--deepspeed"]
+    else:
+        values["--deepspeed"] = str(CONFIGURATIONS / f"zero{run.zero}.json")
+    if not run.lora:
+        values = {name: value for name, value in values.items() if not name.startswith("--lora")}
+    trainer = ["-m", "lorapatch.trainer.train"]
+    if run.trainer == "upstream":
+        trainer = [shlex.quote(str(options.upstream / "mgm/train/train.py"))]
+    return [*_launcher(run, *trainer), *(f"{name} {shlex.quote(value)}" for name, value in values.items())]
+
+
+def _text_words(options: argparse.Namespace, run: Run) -> list[str]:
+    values: dict[str, Any] = {
+        "model_name_or_path": options.work / "zoo" / run.model,
+        "output_dir": options.work / "runs" / run.name,
+        "max_steps": options.steps,
+        "per_device_train_batch_size": run.micro_batch,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "no",
+        "bf16": True,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "gradient_checkpointing": True,
+        "report_to": "none",
+        **({"deepspeed": CONFIGURATIONS / f"zero{run.zero}.json"} if run.zero is not None else {}),
+        **({"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1} if run.lora else {}),
+        **run.flags,
+    }
+    trainer = _launcher(run, shlex.quote(str(HERE / "text_trainer.py")))
+    return [*trainer, *(f"--{name} {shlex.quote(str(value))}" for name, value in values.items())]
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Estimate every script, write ``predictions.json``: what is there already stays as it is."""
+    path = options.work / "predictions.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    runs = [run for run in chosen(options) if run.name not in known]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for run, found in zip(runs, pool.map(lambda run: _predict(options, run), runs), strict=True):
+            known[run.name] = {**found, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            print(run.name, found.get("way", ""), found.get("allocated", found.get("refused")), flush=True)
+    return 0
+
+
+def _predict(options: argparse.Namespace, run: Run) -> dict[str, Any]:
+    """The side of the estimate that the script describes, in bytes; by a process of its own, as a user asks for it."""
+    python = options.upstream_python if run.trainer == "upstream" else options.python
+    sides = ["after" if run.lora else "before"]
+    command = [sys.executable, "-m", "lorapatch.cli", "estimate", str(options.work / "scripts" / f"{run.name}.sh")]
+    command += ["--json", "--gpu", options.gpu, *(["--python", python] if python else [])]
+    if run.trainer == "text":
+        command += ["--seq", str(run.flags["sequence"])]
+    started = time.monotonic()
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        return {"refused": ended.stderr.strip()[-500:]}
+    side = json.loads(ended.stdout)[sides[0]]
+    return {**{name: side[name] for name in ("allocated", "reserved", "device")}, **side["breakdown"],
+            "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
+
+
+class Card:
+    """The GPU's memory, shared out among the runs by what each is predicted to take."""
+
+    def __init__(self, free_B: float, slots: int) -> None:
+        self.free, self.slots = free_B, slots
+        self.changed = threading.Condition()
+
+    def take(self, size_B: float) -> None:
+        """Wait until ``size_B`` bytes and a slot are free."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= size_B and self.slots)
+            self.free -= size_B
+            self.slots -= 1
+
+    def give(self, size_B: float) -> None:
+        """What :meth:`take` took."""
+        with self.changed:
+            self.free += size_B
+            self.slots += 1
+            self.changed.notify_all()
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Make the weights, run what is predicted, the largest first; ``measured.json`` and the table."""
+    predictions = json.loads((options.work / "predictions.json").read_text())
+    runs = [run for run in chosen(options) if run.name in predictions]
+    samples = json.loads(options.data.read_text(encoding="utf-8"))
+    if not (options.work / "zoo/parameters.json").is_file():
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # its GPU memory is gone with it
+            process.submit(upstream.make_zoo, options.work / "zoo", samples, options.size).result()
+    for name in ("logs", "runs"):
+        (options.work / name).mkdir(exist_ok=True)
+    card = Card(options.card * GIB, options.jobs)
+    sizes = {run.name: _size(predictions[run.name], options.card) for run in runs}
+    runs.sort(key=lambda run: -sizes[run.name])
+    measured: dict[str, Any] = {}
+    path = options.work / "measured.json"
+
+    def one(run: Run) -> None:
+        card.take(sizes[run.name])
+        try:
+            measured[run.name] = _measure(options, run)
+        finally:
+            card.give(sizes[run.name])
+        path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        print(row(run, predictions[run.name], measured[run.name]), flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(one, runs))
+    print()
+    return table(options)
+
+
+def _size(prediction: dict[str, Any], card_GiB: float) -> float:
+    likely = _expected(prediction["device"]) if "device" in prediction else card_GiB * GIB / 2
+    return min(likely * 1.1 + 2 * GIB, card_GiB * GIB)
+
+
+def _measure(options: argparse.Namespace, run: Run) -> dict[str, Any]:
+    log = options.work / "logs" / f"{run.name}.log"
+    environment = upstream.environment(options, upstream.Run(run.trainer, run.micro_batch, 2))
+    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "2"}
+    if run.zero is None:
+        environment["OBSERVE_PYTHON"] = "1"
+    started = time.monotonic()
+    with log.open("wb") as file:
+        command = ["timeout", str(options.timeout), "bash", str(options.work / "scripts" / f"{run.name}.sh")]
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    shutil.rmtree(options.work / "runs" / run.name, ignore_errors=True)
+    found: dict[str, Any] = {"exit": code, "seconds": round(time.monotonic() - started, 1), "losses": []}
+    parser = LogParser()
+    for event in (*parser.feed(log.read_bytes()), *parser.close()):
+        if isinstance(event, Metrics) and "loss" in event.values:
+            found["losses"].append(event.values["loss"])
+        elif isinstance(event, Announcement) and event.kind == "observer":
+            found |= event.data
+    return found
+
+
+def row(run: Run, prediction: dict[str, Any], measured: dict[str, Any]) -> str:
+    """A line of the table: predicted, measured and error of allocated, reserved and device."""
+    cells = [run.name]
+    for name, key in (("allocated", "peak_allocated_B"), ("reserved", "peak_reserved_B"), ("device", "device_used_B")):
+        guess = _expected(prediction[name]) if name in prediction else None
+        real = measured.get(key)
+        error = f"{100 * (guess - real) / real:+.2f} %" if guess and real else "n/a"
+        cells += [f"{value / GIB:.3f}" if value else "n/a" for value in (guess, real)] + [error]
+    return f"| {' | '.join(cells)} | {len(measured.get('losses', []))} steps, exit {measured.get('exit')} |"
+
+
+def table(options: argparse.Namespace) -> int:
+    """Everything measured beside what was predicted, and beside what the peers say."""
+    predictions = json.loads((options.work / "predictions.json").read_text())
+    measured = json.loads((options.work / "measured.json").read_text())
+    names = ("allocated", "measured", "error", "reserved", "measured", "error", "device", "measured", "error")
+    print(f"| run | {' | '.join(names)} | end |\n|{' --- |' * 11}")
+    for run in RUNS:
+        if run.name in measured:
+            print(row(run, predictions[run.name], measured[run.name]))
+    for line in peers(options, predictions, measured):
+        print(line)
+    return 0
+
+
+def peers(options: argparse.Namespace, predictions: dict[str, Any], measured: dict[str, Any]) -> list[str]:
+    """What DeepSpeed's and accelerate's estimators say of the same runs (they know neither LoRA nor activations)."""
+    lines = ["", "| run | measured GiB | deepspeed's estimator | accelerate's | closed form |", "|" + " --- |" * 5]
+    for run in RUNS:
+        real = measured.get(run.name, {}).get("peak_allocated_B")
+        total = predictions.get(run.name, {}).get("total_parameters")
+        if real and total:
+            cells = [_with_error(guess, real) for guess in (_deepspeed(run, total), _accelerate(total))]
+            cells.append(_with_error(_closed_form(options, run), real))
+            lines.append(f"| {run.name} | {real / GIB:.2f} | {' | '.join(cells)} |")
+    return lines
+
+
+def _with_error(guess: float | None, real: int) -> str:
+    return "n/a" if guess is None else f"{guess / GIB:.2f} ({100 * (guess - real) / real:+.0f} %)"
+
+
+def _deepspeed(run: Run, total: int) -> float | None:
+    """What DeepSpeed's own estimators answer for a model of ``total`` parameters on one GPU."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    if run.zero is None:
+        return None
+    one = {"num_gpus_per_node": 1, "num_nodes": 1, "cpu_offload": False}
+    if run.zero == 2:
+        return float(estimate_zero2_model_states_mem_needs(total, **one)[1])
+    return float(estimate_zero3_model_states_mem_needs(total, 256_000 * 2048, cpu_offload_params=False, **one)[1])
+
+
+def _accelerate(total: int) -> float:
+    """`accelerate estimate-memory` for training with Adam in bf16: its largest step."""
+    from accelerate.commands.estimate import estimate_training_usage
+
+    return float(max(estimate_training_usage(4 * total, "bfloat16").values()))
+
+
+def _closed_form(options: argparse.Namespace, run: Run) -> float | None:
+    command = [sys.executable, "-m", "lorapatch.cli", "estimate", str(options.work / "scripts" / f"{run.name}.sh")]
+    command += ["--json", "--fast", *(["--seq", str(run.flags["sequence"])] if run.trainer == "text" else [])]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        return None
+    return float(_expected(json.loads(ended.stdout)["after" if run.lora else "before"]["allocated"]))
+
+
+def _expected(bounds: Any) -> float:
+    return float(bounds["expected"] if isinstance(bounds, dict) else bounds[1])
+
+
+def main(argv: list[str]) -> int:
+    """Run the part that is asked for."""
+    if not argv:
+        print("needs samples and a GPU; nothing was run (--help says how)")
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["prepare", "predict", "measure", "table"])
+    parser.add_argument("--work", type=Path, default=Path("build/memory"), help="scripts, weights, logs and results")
+    parser.add_argument("--data", type=Path, help="samples in LLaVA's format, each with an image")
+    parser.add_argument("--images", type=Path, help="folder that the samples' image paths begin in")
+    parser.add_argument("--upstream", type=Path, default=Path("MGM"), help="folder that holds upstream's mgm/")
+    parser.add_argument("--upstream-path", default="", help="folders of the packages it pins, as in PYTHONPATH")
+    parser.add_argument("--python", help="interpreter whose libraries are traced")
+    parser.add_argument("--upstream-python", help="the same for upstream's runs")
+    parser.add_argument("--gpu", default="H200", help="the card that is predicted")
+    parser.add_argument("--card", type=float, default=130, help="GiB of it that the runs may share")
+    parser.add_argument("--jobs", type=int, default=4, help="runs or predictions at the same time")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="names of runs")
+    parser.add_argument("--size", choices=["tiny", "true"], default="true")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--timeout", type=float, default=200, help="seconds a run may take")
+    options = parser.parse_args(argv)
+    for name in ("data", "images", "work", "upstream"):
+        if getattr(options, name) is not None:
+            setattr(options, name, getattr(options, name).absolute())
+    return {"prepare": prepare, "predict": predict, "measure": measure, "table": table}[options.part](options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
