@@ -76,6 +76,7 @@ RUNS = [
     Run("lora-16-no-zero", "lorapatch", 16, zero=None),
     Run("lora-4-4bit", "lorapatch", 4, flags={"bits": 4}),
     Run("lora-1-4bit", "lorapatch", 1, flags={"bits": 4}),
+    Run("lora-4-8bit", "lorapatch", 4, flags={"bits": 8}),
     Run("upstream-lora-1", "upstream", 1),
     Run("upstream-lora-4", "upstream", 4),
     Run("upstream-lora-16", "upstream", 16),
