@@ -22,7 +22,7 @@ _LORA = ("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lo
 
 def trainer_support(script: Script, launch: Launch, roots: Sequence[Path] = ()) -> TrainerSupport | None:
     """What the trainer of ``launch`` takes, read from its Python; None if its file is not found."""
-    from lorapatch.lora.support import find_trainer, read_trainer
+    from lorapatch.lora.support.find_trainer import find_trainer
 
     if script.path is None:
         return None
@@ -30,7 +30,11 @@ def trainer_support(script: Script, launch: Launch, roots: Sequence[Path] = ()) 
     roots = [*roots, *(script.path.parent / folder for path in paths for folder in path.split(":") if folder)]
     trainer = launch.trainer
     file = find_trainer(trainer.name, module=trainer.module, script_dir=script.path.parent, roots=roots)
-    return None if file is None else read_trainer(file, roots=roots)
+    if file is None:
+        return None
+    from lorapatch.lora.support.trainer_support import read_trainer
+
+    return read_trainer(file, roots=roots)
 
 
 def flags_for(support: TrainerSupport | None, options: PatchOptions) -> tuple[dict[str, Words], list[str]]:

@@ -8,7 +8,7 @@ from lorapatch.errors import Refused
 from lorapatch.launch.find import read_source
 from lorapatch.launch.model import Launch, Script
 from lorapatch.shell.command import check_words
-from lorapatch.shell.syntax import bash_words, syntax_error
+from lorapatch.shell.syntax import BashSyntax, BashWords, syntax_error
 
 __all__ = ["prove", "unproved"]
 
@@ -18,26 +18,41 @@ def prove(script: Script, launch: Launch, text: bytes, flags: Mapping[str, tuple
 
     Raises Refused unless two parsers and bash itself find the old words, the flags, and nothing else changed.
     """
-    if error := syntax_error(text):
-        if before := syntax_error(script.source):
-            raise Refused(f"bash finds a syntax error already: {before}")
-        raise Refused(f"the patched script would have a syntax error: {error}; nothing was written")
+    with BashSyntax(text) as syntax:  # it works while we read
+        try:
+            after, now, old_words, new_words = _read_again(script, launch, text)
+        except Refused:
+            _check_syntax(syntax, script)  # the better reason
+            raise
+        _check_syntax(syntax, script)
+    for old, other in zip(script.launches, after.launches):
+        if old.number != launch.number and [w.text for w in old.words] != [w.text for w in other.words]:
+            raise unproved(launch)
+    if _without(now, flags) != _without(launch, flags):
+        raise unproved(launch)
+    if _others(old_words, launch, flags) != _others(new_words, now, flags):
+        raise unproved(launch)
+    return after, now
+
+
+def _read_again(script: Script, launch: Launch, text: bytes) -> tuple[Script, Launch, list[bytes], list[bytes]]:
+    """The patched script, its launch, and the words of the launch to bash, before and now."""
     after = read_source(text, script.path, script.values.environment)
     if len(after.launches) != len(script.launches):
         raise unproved(launch)
     now = after.launches[launch.number - 1]
-    check_words(now.text.outline, now.command)
-    for old, new in zip(script.launches, after.launches):
-        if old.number != launch.number and [w.text for w in old.words] != [w.text for w in new.words]:
-            raise unproved(launch)
-    if _without(now, flags) != _without(launch, flags):
-        raise unproved(launch)
-    old_words, new_words = bash_words(
-        (launch.text.outline.source, launch.command), (now.text.outline.source, now.command)
-    )
-    if _others(old_words, launch, flags) != _others(new_words, now, flags):
-        raise unproved(launch)
-    return after, now
+    before, new = ((one.text.outline.source, one.command) for one in (launch, now))
+    with BashWords(before, new) as bash:
+        check_words(now.text.outline, now.command)
+        old_words, new_words = bash.words()
+    return after, now, old_words, new_words
+
+
+def _check_syntax(syntax: BashSyntax, script: Script) -> None:
+    if error := syntax.error():
+        if before := syntax_error(script.source):
+            raise Refused(f"bash finds a syntax error already: {before}")
+        raise Refused(f"the patched script would have a syntax error: {error}; nothing was written")
 
 
 def _without(launch: Launch, flags: Mapping[str, tuple[str, ...]]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["CATEGORIES", "Breakdown", "Bytes", "LoraSetup", "RunSetup", "Tensor", "Zero"]
+__all__ = ["CATEGORIES", "Breakdown", "Bytes", "Estimate", "LoraSetup", "RunSetup", "Side", "Tensor", "Zero"]
 
 # In the order of the table. At the peak of the run; their sum is what is allocated then.
 CATEGORIES = (
@@ -128,3 +128,32 @@ class Breakdown:
     not_modelled: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries traced
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One method of a script's run: what it takes of one GPU, in bytes.
+
+    ``allocated`` and ``reserved`` are what torch.cuda.max_memory_allocated() and max_memory_reserved() will say, ``device``
+    what nvidia-smi shows for the process: reserved, CUDA context, NCCL.
+    """
+
+    setup: RunSetup
+    breakdown: Breakdown
+    allocated: Bytes
+    reserved: Bytes
+    device: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a script's run will need: ``before`` in full, ``after`` with LoRA; a side that was not asked for is None."""
+
+    script: Path
+    line: int  # of the launch
+    gpu: str  # the card that device memory is meant for
+    before: Side | None
+    after: Side | None
+    budget: int | None = None  # bytes of one GPU
+    largest_micro_batch: int | None = None  # of ``after``, that fits the budget; 0 if none does
+    notes: tuple[str, ...] = ()

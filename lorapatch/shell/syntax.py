@@ -5,68 +5,116 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from lorapatch.errors import Refused
 from lorapatch.shell.command import blank, gaps
 from lorapatch.shell.outline import Command
 
-__all__ = ["bash_words", "syntax_error"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["BashSyntax", "BashWords", "syntax_error"]
 
 _ENVIRONMENT = {"PATH": "/nonexistent", "LC_ALL": "C", "LANG": "C"}
 _TIMEOUT = 20  # seconds
 _DOLLAR = re.compile(rb"[$`]")
 
 
-def _bash(arguments: list[str], text: bytes, environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
-    folders = os.get_exec_path()
-    bash = next((path for folder in folders if os.access(path := os.path.join(folder, "bash"), os.X_OK)), None)
-    if bash is None:
-        raise Refused("bash is not on the PATH; lorapatch needs it to check what it writes")
-    try:
-        return subprocess.run(
-            [bash, "--noprofile", "--norc", *arguments],
-            input=text,
-            capture_output=True,
-            env=environment,
-            timeout=_TIMEOUT,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise Refused(f"bash did not answer within {_TIMEOUT} s, so nothing was written") from error
+class _Bash:
+    """A bash that reads ``text`` while we go on; leaving the ``with`` ends it. Raises Refused if there is no bash."""
+
+    def __init__(self, arguments: list[str], text: bytes, environment: dict[str, str]) -> None:
+        folders = os.get_exec_path()
+        bash = next((path for folder in folders if os.access(path := os.path.join(folder, "bash"), os.X_OK)), None)
+        if bash is None:
+            raise Refused("bash is not on the PATH; lorapatch needs it to check what it writes")
+        with tempfile.TemporaryFile() as script:  # not a pipe: nobody has to wait until bash has read it
+            script.write(text)
+            script.seek(0)
+            self._process = subprocess.Popen(
+                [bash, "--noprofile", "--norc", *arguments],
+                stdin=script,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._process:  # closes its pipes and waits
+            self._process.kill()
+
+    def _answer(self) -> tuple[int, bytes, bytes]:
+        """Its exit code, standard output and standard error. Raises Refused if it takes too long."""
+        late = threading.Timer(_TIMEOUT, self._process.kill)  # communicate() with a time limit sleeps while it waits
+        late.start()
+        try:
+            out, err = self._process.communicate()
+        finally:
+            late.cancel()
+        if self._process.returncode == -9:
+            raise Refused(f"bash did not answer within {_TIMEOUT} s, so nothing was written")
+        return self._process.returncode, out, err
+
+
+class BashSyntax(_Bash):
+    """``bash -n`` on ``source``: nothing of it is executed."""
+
+    def __init__(self, source: bytes) -> None:
+        # An exported function or BASH_ENV of the user's must not change the verdict.
+        path, locale = os.environ.get("PATH", os.defpath), os.environ.get("LC_ALL", "C.UTF-8")
+        super().__init__(["-n"], source, {"PATH": path, "LC_ALL": locale})
+
+    def error(self) -> str | None:
+        """What bash says against the source; None if it has no objection."""
+        code, _, said = self._answer()
+        if code == 0 and not said:
+            return None
+        text = said.decode("utf-8", "replace").strip()
+        if code == 0 and "here-document" not in text:
+            return None
+        first = next((line for line in text.splitlines() if line), "bash -n ended with an error")
+        return re.sub(r"^(?:\S*bash|bash): ", "", first)
 
 
 def syntax_error(source: bytes) -> str | None:
     """What ``bash -n`` says against ``source`` (nothing is executed); None if it has no objection."""
-    # An exported function or BASH_ENV of the user's must not change the verdict.
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": os.environ.get("LC_ALL", "C.UTF-8")}
-    result = _bash(["-n"], source, environment)
-    if result.returncode == 0 and not result.stderr:
-        return None
-    text = result.stderr.decode("utf-8", "replace").strip()
-    if result.returncode == 0 and "here-document" not in text:
-        return None
-    first = next((line for line in text.splitlines() if line), "bash -n ended with an error")
-    return re.sub(r"^(?:\S*bash|bash): ", "", first)
+    with BashSyntax(source) as bash:
+        return bash.error()
 
 
-def bash_words(*commands: tuple[bytes, Command]) -> list[list[bytes]]:
-    """The words of each command (with the text it stands in) as bash splits them, expansions blanked out.
+class BashWords(_Bash):
+    """The words of commands (each with the text it stands in) as bash splits them, expansions blanked out.
 
     Nothing of the user's runs: the words become arguments of ``set``, every ``$`` and back quote is blanked out before
     bash sees them, there is nothing but words and blanks in the text, and that bash is restricted and has no PATH.
 
     Raises Refused if the text between the words is more than blanks and redirects, or bash fails.
     """
-    text = b"".join(_as_arguments(source, command) for source, command in commands)
-    result = _bash(["-r", "-f", "+B", "-s"], text, _ENVIRONMENT)
-    fields = result.stdout.split(b"\0")[:-1]
-    found: list[list[bytes]] = []
-    while fields:
-        count = int(fields[0])
-        found.append(fields[1 : count + 1])
-        del fields[: count + 1]
-    if result.returncode or result.stderr or len(found) != len(commands):
-        raise Refused("bash does not split this command as lorapatch does, so it is not touched; write it more simply")
-    return found
+
+    def __init__(self, *commands: tuple[bytes, Command]) -> None:
+        self._commands = len(commands)
+        text = b"".join(_as_arguments(source, command) for source, command in commands)
+        super().__init__(["-r", "-f", "+B", "-s"], text, _ENVIRONMENT)
+
+    def words(self) -> list[list[bytes]]:
+        """The words, command by command."""
+        code, out, said = self._answer()
+        fields = out.split(b"\0")[:-1]
+        found: list[list[bytes]] = []
+        while fields:
+            count = int(fields[0])
+            found.append(fields[1 : count + 1])
+            del fields[: count + 1]
+        if code or said or len(found) != self._commands:
+            raise Refused("bash does not split this command as lorapatch does, so it is not touched; write it more simply")
+        return found
 
 
 def _as_arguments(source: bytes, command: Command) -> bytes:

@@ -8,12 +8,13 @@ import pytest
 
 from lorapatch.errors import Refused
 from lorapatch.shell.outline import outline
-from lorapatch.shell.syntax import bash_words, syntax_error
+from lorapatch.shell.syntax import BashWords, syntax_error
 
 
 def words(text: str) -> list[bytes]:
     read = outline(text.encode())
-    return bash_words((read.source, read.commands[0]))[0]
+    with BashWords((read.source, read.commands[0])) as bash:
+        return bash.words()[0]
 
 
 def test_words_are_split_as_bash_splits_them() -> None:
@@ -26,7 +27,8 @@ def test_redirects_are_dropped() -> None:
 
 def test_several_commands_are_asked_for_at_once() -> None:
     read = outline(b"a 'x'\nb y z\n")
-    assert bash_words(*[(read.source, c) for c in read.commands]) == [[b"a", b"x"], [b"b", b"y", b"z"]]
+    with BashWords(*[(read.source, c) for c in read.commands]) as bash:
+        assert bash.words() == [[b"a", b"x"], [b"b", b"y", b"z"]]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
-"""Which file a launch starts, from the words of its command."""
+"""Which file a launch starts, from the words of its command; and the folders that imports may start from."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
-from lorapatch.lora.support.lookup import installed_package
-from lorapatch.lora.support.project import guess_roots
+__all__ = ["find_trainer", "guess_roots", "installed_package"]
 
-__all__ = ["find_trainer"]
+MAX_CLIMB = 6
+_ROOT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg")
 
 
 def find_trainer(name: str, *, module: bool, script_dir: Path, roots: Sequence[Path] = ()) -> Path | None:
@@ -53,3 +55,29 @@ def _module_file(name: str, folders: Sequence[Path]) -> Path | None:
             if candidate.is_file():
                 return candidate
     return None
+
+
+def guess_roots(folder: Path) -> list[Path]:
+    """Where ``import`` may start from: the folder, those above it up to the project's own, and their ``src``."""
+    roots: list[Path] = []
+    for candidate in [folder, *folder.parents][: MAX_CLIMB + 1]:
+        if candidate == candidate.parent:
+            break
+        roots.append(candidate)
+        if (candidate / "src").is_dir():
+            roots.append(candidate / "src")
+        if any((candidate / marker).exists() for marker in _ROOT_MARKERS):
+            break
+    return roots
+
+
+@lru_cache(maxsize=32)
+def installed_package(name: str) -> Path | None:
+    """The folder of an installed top-level package, found without importing it."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next((Path(p) for p in spec.submodule_search_locations if Path(p, "__init__.py").is_file()), None)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
+from lorapatch.lora.support.find_trainer import installed_package
 from lorapatch.lora.support.source import Definition, SourceFile, parse_file
 
-__all__ = ["External", "Found", "Lookup", "Target", "Value", "installed_package", "library_class"]
+__all__ = ["External", "Found", "Lookup", "Target", "Value", "library_class"]
 
 
 @dataclass(frozen=True)
@@ -157,18 +156,6 @@ class _Library(Lookup):
         except OSError:
             return None
         return parsed if isinstance(parsed, SourceFile) else None
-
-
-@lru_cache(maxsize=32)
-def installed_package(name: str) -> Path | None:
-    """The folder of an installed top-level package, found without importing it."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):
-        return None
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return next((Path(p) for p in spec.submodule_search_locations if Path(p, "__init__.py").is_file()), None)
 
 
 def library_class(name: str) -> tuple[Lookup, Found] | None:

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorapatch.errors import Refused
-from lorapatch.lora.support.lookup import Lookup, installed_package
+from lorapatch.lora.support.find_trainer import guess_roots, installed_package
+from lorapatch.lora.support.lookup import Lookup
 from lorapatch.lora.support.source import SourceFile, Unit, last_name, parse_file, string_of
 
-__all__ = ["Project", "guess_roots"]
+__all__ = ["Project"]
 
 MAX_FILES = 600
-MAX_CLIMB = 6
-_ROOT_MARKERS = (".git", "pyproject.toml", "setup.py", "setup.cfg")
 # Libraries that trainers use; none of them is a trainer.
 _LIBRARIES = (
     "torch torchvision transformers peft deepspeed accelerate trl datasets numpy scipy pandas sklearn PIL cv2 tqdm"
@@ -25,20 +24,6 @@ _LIBRARIES = (
     " omegaconf pydantic huggingface_hub sentencepiece evaluate tensorboard mlflow matplotlib psutil packaging"
 )
 _IMPORT_ONE = ("import_module", "__import__")
-
-
-def guess_roots(folder: Path) -> list[Path]:
-    """Where ``import`` may start from: the folder, those above it up to the project's own, and their ``src``."""
-    roots: list[Path] = []
-    for candidate in [folder, *folder.parents][: MAX_CLIMB + 1]:
-        if candidate == candidate.parent:
-            break
-        roots.append(candidate)
-        if (candidate / "src").is_dir():
-            roots.append(candidate / "src")
-        if any((candidate / marker).exists() for marker in _ROOT_MARKERS):
-            break
-    return roots
 
 
 class Project(Lookup):
