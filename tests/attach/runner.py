@@ -9,7 +9,7 @@ import socket
 import sys
 import traceback
 
-import deepspeed  # noqa: F401
+import deepspeed
 import peft  # noqa: F401
 import torch
 import transformers.trainer  # noqa: F401
@@ -26,6 +26,8 @@ def child(job, rank, port):
     sys.argv = ["attach.py", *job["argv"]]
     code = 0
     try:
+        if job["ranks"] > 1:  # on the CPU nobody tells DeepSpeed of the other ranks before ZeRO-3 cuts the first weight
+            deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
         attach.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
