@@ -17,6 +17,7 @@ One file, on purpose: stdlib, torch, transformers >= 4.38 and peft >= 0.4. Nothi
 imports it, for a trainer may set up its environment first.
 """
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import argparse
@@ -218,7 +219,7 @@ class Attachment:
         def parse_known_args(parser: Any, args: Any = None, namespace: Any = None) -> Any:
             return parse(parser, self.words_for(parser, args), namespace)
 
-        argparse.ArgumentParser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+        argparse.ArgumentParser.parse_known_args = parse_known_args  # type: ignore[method-assign,assignment]
         _after_import("transformers.trainer", self.hook_trainer)
         _after_import("peft", self.hook_peft)
         _after_import("torch.optim.optimizer", self.hook_optimizers)
@@ -933,7 +934,7 @@ def speed_callback() -> Any:
     import torch
     from transformers import TrainerCallback
 
-    class Speed(TrainerCallback):  # type: ignore[misc]
+    class Speed(TrainerCallback):
         samples = 0
         pause = 0.0
         first = 0

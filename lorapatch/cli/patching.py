@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -53,6 +53,7 @@ def _print_script(path: Path, script: Script) -> None:
             f"\n[bold]{launch.number}[/] line {launch.line}: {launch.launcher} "
             f"[bold]{escape(launch.trainer.name.rsplit('/', 1)[-1])}[/] — [bold]{stage}[/]"
             f"{'' if launch.stage.training else ' (does not train)'}"
+            f"{', LoRA by lorapatch.attach' if launch.attached else ''}"
         )
         for reason in launch.stage.reasons:
             console.print(f"    because {escape(reason)}")
@@ -109,9 +110,15 @@ def patch_settings(settings: tuple[str, ...], **values: Any) -> PatchOptions:
 @patch_options
 @click.option(
     "--mode",
-    type=click.Choice(["auto", "flags"]),
+    type=click.Choice(["auto", "flags", "attach"]),
     default="auto",
-    help="auto reads the trainer's Python and sets the flags that it takes; flags sets the usual ones unread.",
+    help="auto reads the trainer's Python and sets the flags that it takes, or attaches LoRA where it has none; flags"
+    " sets the usual ones unread; attach runs the trainer through lorapatch.attach.",
+)
+@click.option(
+    "--attach-path",
+    is_flag=True,
+    help="Attach by the path of lorapatch's file, for an interpreter that cannot import lorapatch.",
 )
 @click.option("--trainer-root", type=SCRIPT, help="The folder that the trainer's path or imports start from.")
 @click.option("--with-merge", is_flag=True, help="Merge the adapter behind the launch, for the stages below it.")
@@ -121,7 +128,8 @@ def patch_settings(settings: tuple[str, ...], **values: Any) -> PatchOptions:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def patch(
     scripts: tuple[Path, ...],
-    mode: str,
+    mode: Literal["auto", "flags", "attach"],
+    attach_path: bool,
     trainer_root: Path | None,
     with_merge: bool,
     diff: bool,
@@ -143,7 +151,8 @@ def patch(
                 options,
                 output=output,
                 dry_run=diff or check,
-                read_trainer=mode == "auto",
+                mode=mode,
+                attach_path=attach_path,
                 trainer_root=trainer_root,
                 with_merge=with_merge,
             )
@@ -167,6 +176,7 @@ def _patch_report(script: Path, done: Patched) -> dict[str, Any]:
         "script": str(script),
         "launch": {"number": patch.launch.number, "line": patch.launch.line, "stage": patch.launch.stage.name},
         "changed": patch.changed,
+        "attach": list(patch.attach),
         "settings": [
             {"flag": setting.flag, "before": setting.before, "after": setting.after, "line": setting.line}
             for setting in patch.settings
@@ -192,6 +202,8 @@ def _print_patch(script: Path, done: Patched, diff: bool) -> None:
     else:
         backup = "" if done.backup is None else f" (backup: {done.backup.name})"
         click.echo(f"{done.written}: patched {where}{backup}")
+    if done.patch.attach:
+        click.echo(f"    {' '.join(done.patch.attach)} {launch.trainer.name}")
     for setting in done.patch.settings:
         was = "" if setting.before is None else f"   (was {setting.before})"
         click.echo(f"    {setting.flag} {setting.after}{was}")

@@ -28,6 +28,7 @@ def _launch_dict(launch: Launch) -> dict[str, Any]:
         "launcher": launch.launcher,
         "prefix": [word.text for word in launch.prefix],
         "launcher_options": [word.text for word in launch.launcher_options],
+        "attached": launch.attached,
         "trainer": {"name": launch.trainer.name, "module": launch.trainer.module, "written": launch.trainer.word.text},
         "environment": {name: _word_dict(word) for name, word in launch.environment},
         "flags": [_flag_dict(flag) for flag in launch.flags],

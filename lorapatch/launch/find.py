@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lorapatch.launch.embed import Embedded, Embedder, as_text, parse_words, plain, variable_in
 from lorapatch.launch.model import Flag, Launch, Script, Text, Trainer, Word
-from lorapatch.launch.options import ALONE, launcher_of
+from lorapatch.launch.options import ALONE, is_attach, launcher_of
 from lorapatch.launch.stage import decide_stage
 from lorapatch.shell.outline import Command, Span, outline
 from lorapatch.shell.values import Unresolved, Values
@@ -230,7 +230,8 @@ class _Finder:
         found = self._find_trainer(items, first)
         if found is None:
             return
-        launcher, options_from, position, module = found
+        launcher, options_from, program, module = found
+        position, module = _behind_attach(items, program, module)
         trainer = items[position].word
         arguments = tuple(item.word for item in items[position + 1 :])
         command, text = site.command, site.text
@@ -246,7 +247,8 @@ class _Finder:
             launcher=launcher,
             prefix=tuple(item.word for item in items[:first]),
             launcher_words=tuple(item.word for item in items[first:options_from]),
-            launcher_options=tuple(item.word for item in items[options_from:position]),
+            launcher_options=tuple(item.word for item in items[options_from:program]),
+            attach=tuple(item.word for item in items[program:position]),
             trainer=Trainer(str(trainer), module, trainer, _trainer_path(trainer, module)),
             arguments=arguments,
             flags=tuple(self._flags(arguments)),
@@ -368,6 +370,16 @@ class _Finder:
                 index += 1
             flags.append(Flag(name.strip("\"'"), word, tuple(values), False, line(word.span[0])))
         return flags
+
+
+def _behind_attach(items: Sequence[_Item], program: int, module: bool) -> tuple[int, bool]:
+    """Where the trainer stands that lorapatch.attach runs, and whether it is a module; any other program is the trainer."""
+    if not is_attach(items[program].name, module):
+        return program, module
+    behind = program + 1
+    named = behind < len(items) and items[behind].name == "-m"
+    behind += named
+    return (behind, named) if behind < len(items) else (program, module)
 
 
 def _inner_text(text: Text, span: Span) -> Embedded:

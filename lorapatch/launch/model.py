@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,11 @@ from lorapatch.shell.outline import Command, Outline, Span
 from lorapatch.shell.values import Unresolved, Values
 
 __all__ = ["Flag", "Launch", "Script", "Stage", "Text", "Trainer", "Word", "script_span"]
+
+
+_ACTIVATION = re.compile(
+    rb"\b(?:conda|mamba|micromamba)\s+activate|\bmodule\s+load|/activate\b|^\s*(?:source|\.)\s|\bPATH=", re.MULTILINE
+)
 
 
 class Word(NamedTuple):
@@ -122,11 +128,27 @@ class Launch:
     obstacle: str = ""
     conditional_pieces: tuple[Span, ...] = ()  # `OPTS+=…` inside an if: may add flags
     stage: Stage = field(default=Stage(None, False, ()))
+    attach: tuple[Word, ...] = ()  # `lorapatch.attach`, or `lorapatch.attach -m`, between the options and the trainer
 
     @property
     def words(self) -> tuple[Word, ...]:
-        """All words in order: wrappers, launcher, its options, trainer, arguments."""
-        return (*self.prefix, *self.launcher_words, *self.launcher_options, self.trainer.word, *self.arguments)
+        """All words in order: wrappers, launcher, its options, lorapatch.attach, trainer, arguments."""
+        return (*self.prefix, *self.launcher_words, *self.launcher_options, *self.program, *self.arguments)
+
+    @property
+    def program(self) -> tuple[Word, ...]:
+        """The words that name what the launcher runs: the trainer, behind lorapatch.attach if it goes through that."""
+        return (*self.attach, self.trainer.word)
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether the launcher is told that ``program`` begins with a module's name, not a file's."""
+        return not str(self.attach[0]).endswith(".py") if self.attach else self.trainer.module
+
+    @property
+    def attached(self) -> bool:
+        """Whether it goes through lorapatch.attach, which brings LoRA to any trainer."""
+        return bool(self.attach)
 
     @property
     def context(self) -> tuple[str, ...]:
@@ -167,6 +189,10 @@ class Script:
             return self.values.word(text, at)
         except Unresolved:
             return None
+
+    def activates_environment(self, before: int) -> bool:
+        """Whether something before the byte ``before`` may bring other programs than those found on PATH now."""
+        return _ACTIVATION.search(self.source[:before]) is not None
 
     def as_dict(self) -> dict[str, Any]:
         """The whole of it for JSON (schema 1)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ALONE", "LAUNCHERS", "launcher_of"]
+__all__ = ["ALONE", "LAUNCHERS", "is_attach", "launcher_of", "module_option"]
 
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "torch.distributed.run", "torch.distributed.launch", "python")
 
@@ -28,6 +28,20 @@ ALONE: dict[str, frozenset[str]] = {
     ),
     "python": frozenset("b B d E h i I O q s S u v V x OO bb vv m".split()),
 }
+
+
+# The program that gives a trainer LoRA, by its module's name or by its file.
+_ATTACH = ("lorapatch.attach", "lorapatch/attach.py")
+
+
+def is_attach(program: str, module: bool) -> bool:
+    """Whether a launched program is ``lorapatch.attach``, which runs the trainer named behind it."""
+    return program == _ATTACH[0] if module else program.endswith(_ATTACH[1])
+
+
+def module_option(launcher: str) -> str:
+    """The launcher's option that says that a module follows, not a file."""
+    return "--module" if launcher == "deepspeed" else "-m"
 
 
 def launcher_of(program: str) -> str | None:

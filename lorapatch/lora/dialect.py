@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorapatch.attach import FLAGS
 from lorapatch.errors import Refused
 from lorapatch.launch.model import Launch, Script
 from lorapatch.lora.flags import PatchOptions, wanted_flags
@@ -22,7 +23,7 @@ _LORA = ("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lo
 
 def trainer_support(script: Script, launch: Launch, roots: Sequence[Path] = ()) -> TrainerSupport | None:
     """What the trainer of ``launch`` takes, read from its Python; None if its file is not found."""
-    from lorapatch.lora.support.find_trainer import find_trainer
+    from lorapatch.lora.support.trainer_file import find_trainer
 
     if script.path is None:
         return None
@@ -37,21 +38,31 @@ def trainer_support(script: Script, launch: Launch, roots: Sequence[Path] = ()) 
     return read_trainer(file, roots=roots)
 
 
-def flags_for(support: TrainerSupport | None, options: PatchOptions) -> tuple[dict[str, Words], list[str]]:
+def flags_for(
+    support: TrainerSupport | None, options: PatchOptions, *, attach: bool = False
+) -> tuple[dict[str, Words], list[str]]:
     """The flags to set (name without dashes to the words behind it) and notes.
 
-    Raises Refused when the trainer would reject a flag, or can't be made a LoRA trainer by flags.
+    With ``attach`` what the trainer has no flag for is said to lorapatch.attach: all of LoRA, or, where the trainer
+    builds LoRA itself, rank, scale and what was asked for. Raises Refused when the trainer would reject a flag.
     """
     wanted = wanted_flags(options)
+    if attach:
+        _check_bits(support, options)
     if support is None:
-        return {name: (value,) for name, value in wanted.items()}, []
-    advice = support.recommend(target_modules=options.target_modules is not None)
-    if advice.mode != "flags":
-        raise Refused(f"{advice.reason}; flags alone cannot make this a LoRA run")
+        return {name: (value,) for name, value in wanted.items() if not (attach and name == "bits")}, []
     flags: dict[str, Words] = {}
     notes: list[str] = []
     asked_for = _asked_for(options)
+    own = bool(support.use.applied or support.use.trl_config)
+    ours = set(FLAGS) & (asked_for | {"lora_r", "lora_alpha"} | _of_preset(options) if own else set(FLAGS))
     for name, value in wanted.items():
+        if attach and name in FLAGS and not (own and support.settings(name, value.split(",")) is not None):
+            if name in ours:
+                flags[name] = (value,)
+            continue
+        if attach and name == "bits" and options.bits == 16 and support.settings("bits", "16") is None:
+            continue
         found = _lora_setting(support, name, value) if name in _LORA else _plain_setting(support, name, value)
         if isinstance(found, str):
             if name in asked_for:
@@ -60,6 +71,20 @@ def flags_for(support: TrainerSupport | None, options: PatchOptions) -> tuple[di
         else:
             flags.update(found)
     return flags, notes
+
+
+def _of_preset(options: PatchOptions) -> set[str]:
+    return set() if options.preset is None else {"lora_dropout", "lora_target_modules"}
+
+
+def _check_bits(support: TrainerSupport | None, options: PatchOptions) -> None:
+    """lorapatch.attach takes the model as the trainer has loaded it."""
+    if options.bits in (None, 16) or (support is not None and support.settings("bits", str(options.bits)) is not None):
+        return
+    raise Refused(
+        f"--bits {options.bits}: the trainer loads its model itself and has no flag for it, so attach mode cannot quantize it;"
+        " leave --bits out"
+    )
 
 
 def _asked_for(options: PatchOptions) -> set[str]:
@@ -84,7 +109,8 @@ def _lora_setting(support: TrainerSupport, name: str, value: str) -> Mapping[str
         return {setting.flag.lstrip("-"): setting.words for setting in settings}
     if name == "lora_target_modules" and (evidence := support.target_evidence) is not None:
         return f"{evidence[1]}: the trainer chooses its target modules itself ({evidence[0]}), so {value} was not set"
-    return f"{support.trainer}: has no flag for {name} that does what it says, so {value} was not set"
+    remedy = "; --mode attach sets it" if name != "bits" and support.use.trainers else ""
+    return f"{support.trainer}: has no flag for {name} that does what it says, so {value} was not set{remedy}"
 
 
 def _plain_setting(support: TrainerSupport, name: str, value: str) -> Mapping[str, Words] | str:

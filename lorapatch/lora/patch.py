@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike, fspath
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lorapatch.errors import Refused
 from lorapatch.launch import read_script
@@ -29,20 +29,23 @@ def patch_script(
     *,
     output: str | PathLike[str] | None = None,
     dry_run: bool = False,
-    read_trainer: bool = True,
+    mode: Literal["auto", "flags", "attach"] = "auto",
+    attach_path: bool = False,
     trainer_root: str | PathLike[str] | None = None,
     with_merge: bool = False,
 ) -> Patched:
     """Patch the script at ``path`` for LoRA, in place with a backup, or into ``output``; ``dry_run`` writes nothing.
 
-    ``read_trainer``, ``trainer_root`` and ``with_merge``: see `plan_patch`. Raises Refused with the file, the line and
+    ``mode``, ``attach_path``, ``trainer_root`` and ``with_merge``: see `plan_patch`. Raises Refused with the file, the line and
     what to do; then nothing was written.
     """
     file = Path(fspath(path))
     script = read_script(file)
     try:
         roots = [] if trainer_root is None else [Path(fspath(trainer_root))]
-        patch = plan_patch(script, options, read_trainer=read_trainer, trainer_roots=roots, with_merge=with_merge)
+        patch = plan_patch(
+            script, options, mode=mode, attach_path=attach_path, trainer_roots=roots, with_merge=with_merge
+        )
     except Refused as refusal:
         raise Refused(f"{file}: {refusal}") from refusal
     if output is not None and not dry_run:

@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lorapatch.errors import Refused
 from lorapatch.launch.find import read_source
 from lorapatch.launch.model import Flag, Launch, Script, Word
+from lorapatch.lora.attachment import attach_words, check_interpreter, why_attach
 from lorapatch.lora.choose import choose_launch
 from lorapatch.lora.dialect import Words, flags_for, trainer_support
 from lorapatch.lora.flags import PatchOptions
@@ -52,6 +53,7 @@ class Patch:
     edits: tuple[Edit, ...]  # of the launch; a merge block comes on top
     text: bytes
     notes: tuple[str, ...]
+    attach: tuple[str, ...] = ()  # the words that let the launch go through lorapatch.attach
 
     @property
     def changed(self) -> bool:
@@ -62,7 +64,8 @@ def plan_patch(
     script: Script,
     options: PatchOptions | None = None,
     *,
-    read_trainer: bool = True,
+    mode: Literal["auto", "flags", "attach"] = "auto",
+    attach_path: bool = False,
     trainer_roots: Sequence[Path] = (),
     with_merge: bool = False,
 ) -> Patch:
@@ -71,21 +74,29 @@ def plan_patch(
     ``with_merge`` puts a block behind the launch that merges the adapter, so that later stages find a whole model.
 
     If the trainer's Python is found (under ``trainer_roots``, the script's folder or those above it), it is read, and
-    the flags are those that it takes; ``read_trainer`` False leaves it alone. Raises Refused when it cannot be done.
+    the flags are those that it takes. A trainer without LoRA, or without a flag for what is asked, is run through
+    `lorapatch.attach`. ``mode`` "flags" leaves it unread and only sets flags, "attach" always attaches;
+    ``attach_path`` names lorapatch by its path in the launch. Raises Refused when it cannot be done.
     """
     options = options or PatchOptions()
     for launch in script.launches:  # a cut command ends the script, wherever it stands
         check_not_cut(launch.text.outline, launch.command)
     launch = choose_launch(script, options.stage)
     _check_takes_flags(launch)
-    support = trainer_support(script, launch, trainer_roots) if read_trainer else None
-    if support is None:
-        _check_dialect(launch)
-    else:
+    support = trainer_support(script, launch, trainer_roots) if mode != "flags" or launch.attached else None
+    why = why_attach(launch, support, options, mode)
+    if support is not None:
         _check_switched_off(support, launch)
-    flags, notes = flags_for(support, options)
-    patch = set_flags(script, launch, flags)
-    if support is None and read_trainer and script.path is not None:
+    elif why is None:
+        _check_dialect(launch)
+    flags, notes = flags_for(support, options, attach=why is not None)
+    words = () if why is None else attach_words(launch, by_path=attach_path)
+    if words:
+        notes.append(f"attach mode: {why}")
+        if not attach_path and (unchecked := check_interpreter(script, launch)):
+            notes.append(unchecked)
+    patch = set_flags(script, launch, flags, words)
+    if support is None and mode != "flags" and script.path is not None:
         notes.append(f"{launch.trainer.name} was not found, so nobody checked that it takes these flags")
     if with_merge:
         patch = _with_merge(patch)
@@ -144,8 +155,10 @@ def _check_takes_flags(launch: Launch) -> None:
             raise Refused(f"line {launch.line}: the trainer takes {what} ({given[0]}), not flags; set LoRA there")
 
 
-def set_flags(script: Script, launch: Launch, flags: Mapping[str, Words]) -> Patch:
+def set_flags(script: Script, launch: Launch, flags: Mapping[str, Words], attach: Words = ()) -> Patch:
     """Set ``flags`` (name without dashes to value) in ``launch``: change those there are, add the others.
+
+    ``attach`` are words that go before the trainer, such as ``--module lorapatch.attach``.
 
     The result is proved: parsed again its words are the old ones plus the flags, ``bash -n`` agrees, and bash itself
     splits the command into the same words. Raises Refused if that is not so.
@@ -153,14 +166,31 @@ def set_flags(script: Script, launch: Launch, flags: Mapping[str, Words]) -> Pat
     check_not_cut(launch.text.outline, launch.command)
     check_words(launch.text.outline, launch.command)
     edits, settings, notes = _plan(script, launch, flags)
+    written = tuple(_quoted(word, launch.trainer.word.where, "the path of lorapatch") for word in attach)
+    if attach:
+        edits.append(_before_trainer(script, launch, written))
     text = apply_edits(script.source, edits)
     if edits:
-        after, now = prove(script, launch, text, flags)
+        after, now = prove(script, launch, text, flags, written)
         if _plan(after, now, flags)[0]:  # a second patch would change something: a flag is not what it should be
             raise unproved(launch)
     elif error := syntax_error(script.source):
         raise Refused(f"bash finds a syntax error already: {error}")
-    return Patch(script, launch, tuple(settings), tuple(edits), text, tuple(notes))
+    return Patch(script, launch, tuple(settings), tuple(edits), text, tuple(notes), attach)
+
+
+def _before_trainer(script: Script, launch: Launch, words: Words) -> Edit:
+    """``words`` before the trainer's name, a blank behind each."""
+    trainer = launch.trainer.word
+    for other in script.launches:
+        if other.number != launch.number and any(word.span == trainer.span for word in other.words):
+            raise Refused(
+                f"line {launch.line}: the launch on line {other.line} takes its trainer from the same words; give each its own"
+            )
+    at = trainer.span[0]
+    if trainer.where == "string" and script.source[at - 1 : at] == b"\\":  # a quote there is written \"
+        at -= 1
+    return Edit(at, at, b"".join(word.encode("utf-8", "surrogateescape") + b" " for word in words))
 
 
 def _plan(script: Script, launch: Launch, flags: Mapping[str, Words]) -> tuple[list[Edit], list[Setting], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from lorapatch.errors import Refused
@@ -13,10 +14,12 @@ from lorapatch.shell.syntax import BashSyntax, BashWords, syntax_error
 __all__ = ["prove", "unproved"]
 
 
-def prove(script: Script, launch: Launch, text: bytes, flags: Mapping[str, tuple[str, ...]]) -> tuple[Script, Launch]:
-    """Read ``text``, the script with ``flags`` set in ``launch``; return it and its launch.
+def prove(
+    script: Script, launch: Launch, text: bytes, flags: Mapping[str, tuple[str, ...]], attach: Sequence[str] = ()
+) -> tuple[Script, Launch]:
+    """Read ``text``, the script with ``flags`` set in ``launch``, and ``attach`` before its trainer; return it and its launch.
 
-    Raises Refused unless two parsers and bash itself find the old words, the flags, and nothing else changed.
+    Raises Refused unless two parsers and bash itself find the old words, the new ones, and nothing else changed.
     """
     with BashSyntax(text) as syntax:  # it works while we read
         try:
@@ -28,11 +31,23 @@ def prove(script: Script, launch: Launch, text: bytes, flags: Mapping[str, tuple
     for old, other in zip(script.launches, after.launches):
         if old.number != launch.number and [w.text for w in old.words] != [w.text for w in other.words]:
             raise unproved(launch)
-    if _without(now, flags) != _without(launch, flags):
+    if _without(now, flags) != _without(launch, flags, attach):
         raise unproved(launch)
-    if _others(old_words, launch, flags) != _others(new_words, now, flags):
+    if attach and not (now.attached and now.trainer[:2] == launch.trainer[:2]):
+        raise unproved(launch)
+    inserted = [word.encode("utf-8", "surrogateescape") for word in shlex.split(" ".join(attach))]
+    if not _is_with(_others(new_words, now, flags), inserted, _others(old_words, launch, flags)):
         raise unproved(launch)
     return after, now
+
+
+def _is_with(words: Sequence[bytes], inserted: Sequence[bytes], before: Sequence[bytes]) -> bool:
+    """Whether ``words`` are ``before`` with ``inserted`` at one place; the parsers say at which."""
+    count = len(inserted)
+    return any(
+        words[at : at + count] == inserted and [*words[:at], *words[at + count :]] == before
+        for at in range(len(words) - count + 1)
+    )
 
 
 def _read_again(script: Script, launch: Launch, text: bytes) -> tuple[Script, Launch, list[bytes], list[bytes]]:
@@ -55,10 +70,16 @@ def _check_syntax(syntax: BashSyntax, script: Script) -> None:
         raise Refused(f"the patched script would have a syntax error: {error}; nothing was written")
 
 
-def _without(launch: Launch, flags: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """The words of the launch less the flags in question and their values."""
+def _without(launch: Launch, flags: Mapping[str, tuple[str, ...]], attach: Sequence[str] = ()) -> list[str]:
+    """The words of the launch less the flags in question and their values, with ``attach`` before the trainer."""
     own = {id(word) for name in flags for flag in launch.all_flags(name) for word in (flag.word, *flag.values)}
-    return [word.text for word in launch.words if id(word) not in own]
+    found: list[str] = []
+    for word in launch.words:
+        if word is launch.trainer.word:
+            found += attach
+        if id(word) not in own:
+            found.append(word.text)
+    return found
 
 
 def _others(words: Sequence[bytes], launch: Launch, flags: Mapping[str, tuple[str, ...]]) -> list[bytes]:

@@ -73,8 +73,7 @@ def node_commands(
     master = launcher_option(launch, "master_addr") or next(iter(hosts))
     port_text = launcher_option(launch, "master_port") or str(port)
     environment = [f"{name}={_written(word)}" for name, word in launch.environment]
-    trainer = [*(["--module"] if launch.trainer.module else []), _written(launch.trainer.word)]
-    trainer += [_written(word) for word in launch.arguments]
+    trainer = [*(["--module"] if launch.runs_module else []), *map(_written, (*launch.program, *launch.arguments))]
     found = []
     for rank, (host, ids) in enumerate(gpus.items()):
         options = [

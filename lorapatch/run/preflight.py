@@ -27,9 +27,6 @@ _HUB_FLAG = re.compile(r"model|tower|tokenizer|processor|adapter|dataset")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights of an earlier stage that a test can do without: they start at random then.
 _OPTIONAL = ("pretrain_mm_mlp_adapter",)
-_ACTIVATION = re.compile(
-    rb"\b(?:conda|mamba|micromamba)\s+activate|\bmodule\s+load|/activate\b|^\s*(?:source|\.)\s|\bPATH=", re.MULTILINE
-)
 _OTHER_ACCELERATORS = ("/dev/kfd", "/dev/davinci0", "/dev/accel", "/dev/dri/renderD128", "/dev/xpu")
 
 
@@ -100,7 +97,7 @@ def _check_trainer(facts: LaunchFacts) -> None:
 
 def _check_launcher(script: Script, facts: LaunchFacts, environment: Mapping[str, str]) -> str | None:
     """The interpreter of the launch, where that is known before it runs."""
-    activates = _ACTIVATION.search(script.source[: facts.launch.start]) is not None
+    activates = script.activates_environment(facts.launch.start)
     for word in facts.launch.launcher_words:
         program = word.value
         if not program or program.startswith("-") or " " in program:
@@ -120,6 +117,11 @@ def _check_launcher(script: Script, facts: LaunchFacts, environment: Mapping[str
     if facts.flag("deepspeed") is not None and not _has_module(python, "deepspeed", environment):
         raise Refused(
             f"line {facts.line}: {python} has no deepspeed, which --deepspeed needs: {python} -m pip install deepspeed"
+        )
+    if facts.attached and facts.launch.runs_module and not _has_module(python, "lorapatch.attach", environment):
+        raise Refused(
+            f"line {facts.line}: {python} cannot import lorapatch.attach, through which this launch goes:"
+            f" {python} -m pip install --no-deps lorapatch"
         )
     return str(python)
 

@@ -12,6 +12,7 @@ from typing import Any
 import lorapatch
 from lorapatch.errors import Refused, UsageError
 from lorapatch.launch import Launch, Script, read_source
+from lorapatch.launch.options import module_option
 from lorapatch.lora.plan import set_flags
 from lorapatch.resources import resource_dir
 from lorapatch.run.options import free_port, port_edit, set_options
@@ -259,9 +260,9 @@ def _about_launch(launch: Launch) -> dict[str, Any]:
 
 def _parts(part: Slice, script: Script) -> dict[str, Any]:
     launch = _last(script)
-    trainer = script.source[launch.trainer.word.span[0] : _end_of(launch)] if launch.text.offsets is None else b""
-    if launch.trainer.module:
-        trainer = (b"--module " if launch.launcher == "deepspeed" else b"-m ") + trainer
+    trainer = script.source[launch.program[0].span[0] : _end_of(launch)] if launch.text.offsets is None else b""
+    if launch.runs_module:
+        trainer = module_option(launch.launcher).encode() + b" " + trainer
     return {
         "setup": _decode(b"\n".join(part.setup)),
         "launch": _decode(part.command),

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from toy import Sentences
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from toy import Sentences
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from lorapatch.errors import Refused
 from lorapatch.launch.model import Flag, Launch, Script
-from lorapatch.lora.support import TrainerSupport, find_trainer, read_trainer
+from lorapatch.lora.support import TrainerSupport, read_trainer
+from lorapatch.lora.support.trainer_file import find_trainer
 from lorapatch.lora.support.lora_flags import LoraFlag
 
 __all__ = ["DeepSpeedFile", "Facts", "LaunchFacts", "number", "true"]
 
-ATTACH = ("lorapatch.attach", "lorapatch/attach.py")
 _SWITCHES = ("lora_enable", "use_lora", "enable_lora", "use_peft")
 
 
@@ -56,15 +56,12 @@ class LaunchFacts:
     @property
     def attached(self) -> bool:
         """Whether it goes through lorapatch.attach, which brings LoRA to any trainer."""
-        return str(self.launch.trainer.word).endswith(ATTACH)
+        return self.launch.attached
 
     @cached_property
     def trainer_path(self) -> Path | None:
-        """The trainer's file, behind lorapatch.attach too; None if it is not found."""
+        """The trainer's file; None if it is not found."""
         trainer = self.launch.trainer
-        if self.attached:
-            word = next((str(w) for w in self.launch.arguments if not str(w).startswith("-")), "")
-            return find_trainer(word, module=not word.endswith(".py"), script_dir=self.script_dir, roots=self._roots)
         if trainer.path is not None and trainer.path.is_file():
             return trainer.path
         return find_trainer(str(trainer.word), module=trainer.module, script_dir=self.script_dir, roots=self._roots)
@@ -108,15 +105,15 @@ class LaunchFacts:
         return flag.line if flag else self.launch.line
 
     def name_of(self, canonical: str) -> str:
-        """The trainer's own name for one of our flags."""
-        names = self.support.lora_names if self.support and not self.attached else {}
+        """The trainer's own name for one of our flags; lorapatch.attach takes ours where the trainer has none."""
+        names = self.support.lora_names if self.support and not (self.attached and self.flag(canonical)) else {}
         return names.get(canonical, f"--{canonical}")
 
     @cached_property
     def lora(self) -> bool:
         """Whether this launch trains with LoRA."""
         if self.attached:
-            return True
+            return true(self.value("lora_enable")) or self.flag("lora_enable") is None
         support = self.support
         if support is None or not (support.switches or support.always_on):
             return any(true(self.value(name)) for name in _SWITCHES if self.flag(name))
