@@ -897,16 +897,22 @@ class _Watch(importlib.abc.MetaPathFinder):
 
     def __init__(self, name: str, then: Callable[[Any], None]) -> None:
         self.name, self.then = name, then
+        self.asking = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != self.name:
+        if fullname != self.name or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.asking = True  # the other finders
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
+                if self in sys.meta_path:  # not before: libraries ask for specs only to see what is installed
+                    sys.meta_path.remove(self)
                 run(module)
                 self.then(module)
 

@@ -165,14 +165,21 @@ def _parsed(record: bytes, root: bytes) -> Call:
 
 
 def fault(
-    before: Sequence[Call], after: Sequence[Call], flags: Mapping[str, str], trainer: str, mark: str
+    before: Sequence[Call],
+    after: Sequence[Call],
+    flags: Mapping[str, str],
+    trainer: str,
+    mark: str,
+    attach: Sequence[str] = (),
 ) -> str | None:
     """What is wrong with a patch that turned the calls ``before`` into ``after``; None when it is right.
 
     Right is: every launch with the word ``mark`` among its arguments, and at least one there is, has ``flags`` behind
     ``trainer``, and all other calls are equal. Their order does not count, for background commands have none, nor do
-    exported variables that hold a command.
+    exported variables that hold a command. With ``attach`` these words have to stand before the trainer as well.
     """
+    if attach:
+        after = [_detached(call, [word.encode() for word in attach], trainer) for call in after]
     before, after = _without_commands(before, trainer), _without_commands(after, trainer)
     rest = list(after)
     changed: list[Call] = []
@@ -195,6 +202,14 @@ def fault(
     pairs = list(zip(sorted(changed, key=key), sorted(rest, key=key)))
     pairs += [(call, call) for call in equal if call in meant]  # right already, or forgotten
     return next(filter(None, (_argv_fault(old, new, flags, trainer) for old, new in pairs)), None)
+
+
+def _detached(call: Call, attach: list[bytes], trainer: str) -> Call:
+    """``call`` without the words ``attach`` if they stand right before the trainer."""
+    for at in range(len(call.argv) - len(attach)):
+        if list(call.argv[at : at + len(attach)]) == attach and trainer.encode() in call.argv[at + len(attach)]:
+            return Call(call.program, (*call.argv[:at], *call.argv[at + len(attach) :]), call.environment)
+    return call
 
 
 def _without_commands(calls: Sequence[Call], trainer: str) -> list[Call]:

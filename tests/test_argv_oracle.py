@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from cases import DEFAULT, PATCHED, Case
 from click.testing import CliRunner
 from oracle import Call, fault, run_script
 
+from lorapatch import PatchOptions, plan_patch, read_script
 from lorapatch.cli import main
+from lorapatch.launch.find import read_source
 
 # Written with the mistakes that a patcher makes; the oracle has to see each of them.
 SCRIPT = b"""\
@@ -53,7 +56,7 @@ def calls(case: Case, text: bytes) -> list[Call]:
     return run_script(text, run.get("args", []), run.get("env", {}))
 
 
-def assert_right(case: Case, text: bytes) -> None:
+def assert_right(case: Case, text: bytes, attach: Sequence[str] = ()) -> None:
     facts = case.facts
     if "skip_run" in facts:
         pytest.skip(facts["skip_run"])
@@ -61,7 +64,21 @@ def assert_right(case: Case, text: bytes) -> None:
     # Where other launches have the same trainer, the case says by which word this one is known.
     alone = [last_part(launch) for launch in facts["launches"]].count(trainer) == 1
     mark = trainer if alone else facts["mark"]
-    assert fault(calls(case, case.text), calls(case, text), case.flags, trainer, mark) is None
+    assert fault(calls(case, case.text), calls(case, text), case.flags, trainer, mark, attach) is None
+
+
+@pytest.mark.parametrize("case", PATCHED, ids=str)
+def test_attach_mode_puts_lorapatch_attach_before_the_one_trainer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorapatch.lora.plan.check_interpreter", lambda script, launch: None)
+    options = dict(zip(case.options[::2], case.options[1::2]))
+    script = read_script(case.script)
+    patch = plan_patch(script, PatchOptions(stage=options.get("--stage")), mode="attach")
+    assert "lorapatch.attach" in patch.attach and patch.text.count(b"lorapatch.attach") == 1
+    if "flags" not in case.facts:
+        assert_right(case, patch.text, patch.attach)
+    again = read_source(patch.text, script.path)
+    assert again.launches[patch.launch.number - 1].attached
+    assert not plan_patch(again, PatchOptions(stage=options.get("--stage"))).changed
 
 
 def last_part(launch: dict[str, str]) -> str:

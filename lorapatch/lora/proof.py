@@ -35,7 +35,9 @@ def prove(
         raise unproved(launch)
     if attach and not (now.attached and now.trainer[:2] == launch.trainer[:2]):
         raise unproved(launch)
-    inserted = [word.encode("utf-8", "surrogateescape") for word in shlex.split(" ".join(attach))]
+    # A trainer inside of an array or a string is not among the words of the command that uses it.
+    seen = launch.trainer.word.span in map(launch.text.span, launch.command.words)
+    inserted = [word.encode("utf-8", "surrogateescape") for word in shlex.split(" ".join(attach)) if seen]
     if not _is_with(_others(new_words, now, flags), inserted, _others(old_words, launch, flags)):
         raise unproved(launch)
     return after, now
