@@ -394,7 +394,7 @@ class Attachment:
         if "pissa" in str(values.get("init_lora_weights")):
             _refuse("--lora_variant pissa: the trainer saves its LoRA itself, without PiSSA's part of the base weights")
         if "target_modules" in asked:
-            values["target_modules"] = compact(model, targets(model, self.value("target_modules")))
+            values["target_modules"] = compact(model, targets(model, self.value("target_modules"), frozen=True))
         for name, value in values.items():
             setattr(config, name, set(value) if isinstance(value, list) else value)
         if values and int(os.environ.get("RANK") or 0) == 0:
@@ -693,11 +693,11 @@ class Attachment:
 # -- which modules ---------------------------------------------------------------------------------------------------
 
 
-def linear_layers(model: Any) -> dict[str, Any]:
+def linear_layers(model: Any, frozen: bool = False) -> dict[str, Any]:
     """Full path to linear layer (nn.Linear, its quantized kinds, GPT-2's Conv1D) that the trainer would have trained.
 
-    Frozen ones are left out (quantized ones are frozen by nature), and heads, towers and projectors; in a model that is
-    nothing else, such as a vision model by itself, the towers are what there is.
+    Left out are frozen ones unless ``frozen`` (quantized ones are frozen by nature), heads, towers and projectors; in a
+    model that is nothing else, such as a vision model by itself, the towers are what there is.
     """
     import torch
 
@@ -708,15 +708,15 @@ def linear_layers(model: Any) -> dict[str, Any]:
         if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
         and module is not head
         and not _HEAD.search(name)
-        and (module.weight.requires_grad or not module.weight.is_floating_point())
+        and (frozen or module.weight.requires_grad or not module.weight.is_floating_point())
     }
     language = {name: module for name, module in found.items() if not _TOWER.search(name) and not _BRIDGE.search(name)}
     return language or found
 
 
-def targets(model: Any, wanted: str) -> list[str]:
-    """The full paths of the modules that ``--lora_target_modules`` means."""
-    layers = list(linear_layers(model))
+def targets(model: Any, wanted: str, frozen: bool = False) -> list[str]:
+    """The full paths of the modules that ``--lora_target_modules`` means; ``frozen``: see :func:`linear_layers`."""
+    layers = list(linear_layers(model, frozen))
     if not layers:
         _refuse("the trainer has frozen every linear layer of its model, so nothing is left for LoRA")
     if wanted == "all-linear":

@@ -83,7 +83,7 @@ def check_interpreter(script: Script, launch: Launch) -> str | None:
         return unchecked.format("the script activates an environment")
     python = LaunchFacts(launch, script.path.parent if script.path else Path.cwd(), ()).python
     if python is None:
-        return unchecked.format(f"no {launch.launcher} of a Python was found here")
+        return unchecked.format(f"its {launch.launcher} was not found here")
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({_MODULE!r}) is None)"
     try:
         done = subprocess.run([python, "-c", code], env=_environment(script, launch), cwd="/", timeout=30, capture_output=True)
