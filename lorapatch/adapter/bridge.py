@@ -83,12 +83,29 @@ def check_bridge(directory: Path, in_base: frozenset[str]) -> Finding:
     if not is_multimodal(config):
         if not there:
             return Finding("bridge", 1, "not checked", f"a text model: no {FILE} is needed")
-        sentence = f"{FILE} is there, but no config.json with mm_* fields: the model that it belongs to is unknown"
-        return Finding("bridge", 1, "fail", sentence)
+        return _check_others(tensors, config, in_base)
     expected = bridge_shapes(config)
     if expected is None:
         return Finding("bridge", 1, "not checked", f"config.json does not say what {FILE} has to hold")
     return _compare(expected, tensors, in_base, there)
+
+
+def _check_others(tensors: Mapping[str, Tensor], config: Mapping[str, Any], in_base: frozenset[str]) -> Finding:
+    """What a model without LLaVA's fields has trained beside LoRA: parameters of the base, or of a head of its own."""
+    if not config and any("mm_projector" in name or "vlm_uni" in name for name in tensors):
+        sentence = f"{FILE} is there, but no config.json with mm_* fields: the model that it belongs to is unknown"
+        return Finding("bridge", 1, "fail", sentence)
+    figures = {"found": len(tensors), "parameters": sum(tensor.parameters for tensor in tensors.values())}
+    bad = [name for name, tensor in tensors.items() if not tensor.parameters or not tensor.is_finite()]
+    if bad:
+        sentence = f"{FILE}: {counted(len(bad), 'tensor', 'is')} empty or not finite, such as {bad[0]}"
+        return Finding("bridge", 1, "fail", sentence, figures)
+    other = [name for name in tensors if name not in in_base]
+    if not in_base or other:
+        why = f"{other[0]} is not in the base model" if in_base else "the base model is not there"
+        return Finding("bridge", 1, "not checked", f"{FILE}: {counted(len(tensors), 'tensor')}; {why}", figures)
+    sentence = f"{FILE}: {counted(len(tensors), 'tensor')} of the base model, trained beside LoRA"
+    return Finding("bridge", 1, "pass", sentence, figures)
 
 
 def _compare(

@@ -31,14 +31,14 @@ class Model(nn.Module):
         self.embed = nn.Embedding(64, width)
         self.layers = nn.ModuleList(Block(width) for _ in range(2))
         self.vision_tower = nn.ModuleDict({"layers": nn.ModuleList([Block(width)])}).requires_grad_(False)
-        self.mm_projector = nn.Linear(width, width)
+        self.connector = nn.Linear(width, width)
         self.lm_head = nn.Linear(width, 64, bias=False)
 
     def forward(self, input_ids, labels=None):
         x = self.embed(input_ids)
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=True)
-        x = x + self.mm_projector(self.vision_tower["layers"][0](torch.ones_like(x)))
+        x = x + self.connector(self.vision_tower["layers"][0](torch.ones_like(x)))
         logits = self.lm_head(x)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         return {"loss": loss, "logits": logits}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lorapatch.attach import FLAGS
 from lorapatch.lora.lint.facts import Facts, LaunchFacts
 from lorapatch.lora.lint.rule import Found, rule
 from lorapatch.lora.support import TrainerSupport
 
 __all__: list[str] = []
-
-# What lorapatch.attach takes for itself, whatever the trainer knows.
-_OURS = ("lora_", "bits", "double_quant", "quant_type")
 
 
 def _read(facts: Facts) -> Iterator[tuple[LaunchFacts, TrainerSupport]]:
@@ -30,8 +28,8 @@ def _read(facts: Facts) -> Iterator[tuple[LaunchFacts, TrainerSupport]]:
 def _unknown(facts: Facts) -> Iterator[Found]:
     for facts_of, support in _read(facts):
         for flag in facts_of.launch.flags:
-            if facts_of.attached and flag.name.lstrip("-").startswith(_OURS):
-                continue
+            if facts_of.attached and flag.name.lstrip("-").replace("-", "_") in FLAGS:
+                continue  # lorapatch.attach takes it
             found = support.flag(flag.name)
             if found.state == "unknown":
                 remedy = f"write {found.nearest} for it" if found.nearest else None
