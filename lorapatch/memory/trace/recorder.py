@@ -15,15 +15,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from lorapatch.memory.allocator import EMPTY_CACHE, CachingAllocator
+
 __all__ = ["Record", "Recorder"]
 
-ALIGNMENT_B = 512  # c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize; max_memory_allocated() counts rounded blocks
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
 @dataclass(slots=True)
 class Record:
-    """One storage: bytes as the allocator rounds them, who made it, and when it was born and died (event numbers)."""
+    """One storage: bytes of the block that the allocator gives it, who made it, and its first and last event."""
 
     nbytes: int
     shape: tuple[int, ...]
@@ -38,12 +39,16 @@ class Record:
 class Recorder(TorchDispatchMode):
     """Enter it inside a FakeTensorMode. ``events`` lists (+bytes, id) and (-bytes, id); ``records[id]`` says what it was.
 
+    torch's allocator runs along: a storage counts as large as the block that it gets (max_memory_allocated() adds up
+    blocks), and blocks that no other storage fits into stay reserved.
+
     What is made inside :meth:`host` lies in the CPU's memory and counts there. A question that the data would have to
     answer (``if mask.all()``) is answered with ``truth``; ``questions`` names the operations that asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocator: CachingAllocator | None = None) -> None:
         super().__init__()
+        self.allocator = allocator or CachingAllocator()
         self.records: list[Record] = []
         self.events: list[tuple[int, int]] = []
         self.live = self.peak = self.peak_event = 0
@@ -51,13 +56,14 @@ class Recorder(TorchDispatchMode):
         self.host_live = self.host_peak = 0
         self.phase = "load"
         self.category = "activations"
+        self.stream = ""
+        self.streams: dict[int, str] = {}  # of the storages that another stream allocated
         self.questions: set[str] = set()
         self.truth = True
         self._known: dict[int, tuple[Any, int]] = {}
         self._on_host = False
         self._scalars_on_host = False
         self._operation = "load"
-        self._dead: list[int] = []
 
     @contextlib.contextmanager
     def host(self) -> Iterator[None]:
@@ -86,6 +92,20 @@ class Recorder(TorchDispatchMode):
         finally:
             self.category = before
 
+    @contextlib.contextmanager
+    def on(self, stream: str) -> Iterator[None]:
+        """What is allocated inside comes from another stream's blocks."""
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    def empty_cache(self) -> None:
+        """torch.cuda.empty_cache()."""
+        self.events.append(EMPTY_CACHE)
+        self.allocator.empty_cache()
+
     def add(self, tensor: Tensor, category: str | None = None) -> None:
         """Count the storage of ``tensor``, or give one that is counted its ``category``."""
         key = _storage(tensor)._cdata
@@ -94,7 +114,7 @@ class Recorder(TorchDispatchMode):
                 self.records[self._known[key][1]].category = category
             return
         storage = _storage(tensor)
-        nbytes = -(-storage.nbytes() // ALIGNMENT_B) * ALIGNMENT_B
+        nbytes = storage.nbytes()
         if nbytes == 0:
             return
         if self._on_host or (self._scalars_on_host and tensor.dim() == 0):
@@ -112,14 +132,13 @@ class Recorder(TorchDispatchMode):
         """Memory that a kernel takes and gives back before it ends."""
         if nbytes > 0:
             before, self._operation = self._operation, operation
-            rounded = -(-nbytes // ALIGNMENT_B) * ALIGNMENT_B
-            self._release(self._allocate(rounded, (nbytes,), torch.uint8, None))
+            self._release(self._allocate(nbytes, (nbytes,), torch.uint8, None))
             self._operation = before
 
     def keep(self, nbytes: int, operation: str, category: str = "buffers") -> None:
         """Memory that is never given back (a library's workspace)."""
         before, self._operation = self._operation, operation
-        self._allocate(-(-nbytes // ALIGNMENT_B) * ALIGNMENT_B, (nbytes,), torch.uint8, category)
+        self._allocate(nbytes, (nbytes,), torch.uint8, category)
         self._operation = before
 
     def alive_at_peak(self) -> list[Record]:
@@ -141,9 +160,12 @@ class Recorder(TorchDispatchMode):
     def _allocate(self, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype, category: str | None) -> int:
         number = len(self.records)
         born = len(self.events)
-        self.records.append(Record(nbytes, shape, dtype, self.phase, self._operation, category or self.category, born))
+        if self.stream:
+            self.streams[number] = self.stream
+        block = self.allocator.malloc(number, nbytes, self.stream)
+        self.records.append(Record(block, shape, dtype, self.phase, self._operation, category or self.category, born))
         self.events.append((nbytes, number))
-        self.live += nbytes
+        self.live += block
         if self.live > self.peak:
             self.peak, self.peak_event = self.live, born
         if self.live > self.phases.get(self.phase, 0):
@@ -154,6 +176,7 @@ class Recorder(TorchDispatchMode):
         record = self.records[number]
         record.died = len(self.events)
         self.events.append((-record.nbytes, number))
+        self.allocator.release(number)
         self.live -= record.nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

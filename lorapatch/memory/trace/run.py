@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorapatch.memory.allocator import replay, settings
+from lorapatch.memory.allocator import CachingAllocator, settings
 from lorapatch.memory.model import CATEGORIES, Breakdown, RunSetup
 from lorapatch.memory.model import Tensor as BigTensor
 from lorapatch.memory.trace import optimizers
@@ -35,7 +35,6 @@ def measure(setup: RunSetup, architecture: int) -> Breakdown:
     started = time.monotonic()
     subject = _subject(setup)
     recorder = trace_subject(subject, setup, architecture)
-    found = replay(recorder.events, settings())
     peak = recorder.alive_at_peak()
     at = recorder.records[recorder.events[recorder.peak_event][1]]
     categories = dict.fromkeys(CATEGORIES, 0)
@@ -57,7 +56,7 @@ def measure(setup: RunSetup, architecture: int) -> Breakdown:
         biggest=tuple(
             BigTensor(r.nbytes, r.shape, str(r.dtype).removeprefix("torch."), r.phase, r.operation) for r in biggest
         ),
-        reserved=found.peak_reserved,
+        reserved=recorder.allocator.peak_reserved,
         host=recorder.host_peak,
         total_parameters=subject.total,
         trainable_parameters=subject.trainable,
@@ -88,7 +87,7 @@ def _subject(setup: RunSetup) -> Subject:
 
 def trace_subject(subject: Subject, setup: RunSetup, architecture: int) -> Recorder:
     """Load ``subject``, train it, and give back what was recorded."""
-    recorder = Recorder()
+    recorder = Recorder(CachingAllocator(settings()))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, recorder, cuda_kernels(recorder):
         _load(subject, recorder, mode)
@@ -111,6 +110,8 @@ def _load(subject: Subject, recorder: Recorder, mode: Any) -> None:
         else:
             category = "trainable_weights" if tensor.requires_grad else "frozen_weights"
         recorder.add(tensor, category)
+    for record in recorder.records:
+        record.operation = "load"
 
 
 def _engine(model: nn.Module, setup: RunSetup, recorder: Recorder) -> Any:

@@ -27,9 +27,12 @@ class ZeroEngine:
         self.recorder, self.ranks = recorder, setup.gpus
         self.groups = decay_groups(model)
         self.dtype = self.groups[0][0].dtype
-        with recorder.of("trainable_weights"):
-            self.flats = [self._flatten(group) for group in self.groups]
-        self.masters = [self._master(flat) for flat in self.flats]
+        self.flats, self.masters = [], []
+        for group in self.groups:
+            recorder.empty_cache()
+            with recorder.of("trainable_weights"):
+                self.flats.append(self._flatten(group))
+            self.masters.append(self._master(self.flats[-1]))
         self.mine = [self._in_partition(group, flat) for group, flat in zip(self.groups, self.flats)]
         self.largest = max(p.numel() for group in self.groups for p in group)
         self._offload_buffers()
@@ -131,7 +134,8 @@ class ZeroEngine:
 
     def _copy_out(self, parameter: Tensor) -> None:
         if self.gradients is None:
-            with self.recorder.of("gradients"):
+            # made while the reduction's stream is the current one: its block serves no other stream
+            with self.recorder.of("gradients"), self.recorder.on("reduction" if self.zero.overlap_comm else ""):
                 size = sum(p.numel() for group in self.mine for p in group)
                 self.gradients, self.offset = torch.empty(size, dtype=self.dtype), 0
         parameter.grad = self.gradients.narrow(0, self.offset, parameter.numel()).view(parameter.shape)
