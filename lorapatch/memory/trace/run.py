@@ -131,8 +131,7 @@ def _train(subject: Subject, setup: RunSetup, engine: Any, recorder: Recorder, w
         for number in range(micro_batches):
             batch = held[number] if held else _inputs(subject, recorder)
             recorder.phase = "forward"
-            with autocast(low):
-                loss = subject.loss(subject.model, batch)
+            loss = _loss(subject, batch, low)
             del batch
             recorder.phase = "backward"
             engine.backward(loss, boundary=number == micro_batches - 1)
@@ -140,6 +139,20 @@ def _train(subject: Subject, setup: RunSetup, engine: Any, recorder: Recorder, w
         recorder.phase = "step"
         engine.step()
         del held
+
+
+def _loss(subject: Subject, batch: dict[str, Tensor], low: torch.dtype | None) -> Tensor:
+    with autocast(low):
+        outputs = subject.forward(subject.model, batch)
+    if low is not None:  # accelerate's convert_outputs_to_fp32, around the whole forward pass
+        outputs = {name: _wide(value) for name, value in outputs.items()}
+    loss: Tensor = outputs["loss"]
+    return loss
+
+
+def _wide(value: Any) -> Any:
+    low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if low else value
 
 
 def _inputs(subject: Subject, recorder: Recorder) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def build(setup: RunSetup) -> Subject:
         towers=model.towers,
         tensors=[(model, "pixel_scale")],
         make_batch=lambda: _batch(setup, model),
-        loss=lambda module, batch: module(**batch)["loss"],
+        forward=lambda module, batch: module(**batch),
         vocabulary=int(config.vocab_size),
         total=counts.total,
         trainable=counts.trainable,
