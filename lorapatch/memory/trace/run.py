@@ -20,7 +20,7 @@ from lorapatch.memory.trace.cuda import autocast, cublas_workspace, cuda_kernels
 from lorapatch.memory.trace.engines.plain import PlainEngine
 from lorapatch.memory.trace.engines.zero import ZeroEngine
 from lorapatch.memory.trace.fake import swap
-from lorapatch.memory.trace.recorder import Recorder
+from lorapatch.memory.trace.recorder import Record, Recorder
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 
 __all__ = ["measure", "trace_subject"]
@@ -39,7 +39,7 @@ def measure(setup: RunSetup, architecture: int) -> Breakdown:
     at = recorder.records[recorder.events[recorder.peak_event][1]]
     categories = dict.fromkeys(CATEGORIES, 0)
     for record in peak:
-        categories[record.category] += record.nbytes
+        categories[_category(record, subject)] += record.nbytes
     biggest = sorted(peak, key=lambda record: -record.nbytes)[:BIGGEST]
     assumed = [*subject.assumed]
     if recorder.questions:
@@ -68,6 +68,12 @@ def measure(setup: RunSetup, architecture: int) -> Breakdown:
     )
 
 
+def _category(record: Record, subject: Subject) -> str:
+    """Activations as wide as the vocabulary are logits (their gradients, too)."""
+    wide = bool(record.shape) and record.shape[-1] == subject.vocabulary and record.dtype.is_floating_point
+    return "logits" if wide and record.category == "activations" else record.category
+
+
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -80,6 +86,10 @@ def _subject(setup: RunSetup) -> Subject:
         from lorapatch.memory.trace.subjects import embedded
 
         return embedded.build(setup)
+    if setup.trainer == "upstream":
+        from lorapatch.memory.trace.subjects import upstream
+
+        return upstream.build(setup)
     from lorapatch.memory.trace.subjects import plain
 
     return plain.build(setup)
