@@ -19,6 +19,7 @@ from lorapatch.memory.trace import optimizers
 from lorapatch.memory.trace.cuda import autocast, cublas_workspace, cuda_kernels
 from lorapatch.memory.trace.engines.plain import PlainEngine
 from lorapatch.memory.trace.engines.zero import ZeroEngine
+from lorapatch.memory.trace.engines.zero3 import Zero3Engine
 from lorapatch.memory.trace.fake import swap
 from lorapatch.memory.trace.recorder import Record, Recorder
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
@@ -127,6 +128,8 @@ def _load(subject: Subject, recorder: Recorder, mode: Any) -> None:
 def _engine(model: nn.Module, setup: RunSetup, recorder: Recorder) -> Any:
     if setup.zero is None or setup.zero.stage == 0:
         return PlainEngine(recorder, model, setup)
+    if setup.zero.stage == 3:
+        return Zero3Engine(recorder, model, setup)
     return ZeroEngine(recorder, model, setup)
 
 
