@@ -307,3 +307,18 @@ main()
     assert support.recommendation == "flags"
     assert support.flag("--learning_rate").state == "accepted"
     assert support.flag("--packing").state == "unsure"
+
+
+def test_a_program_in_which_many_ways_lead_to_lora_is_read_all_the_same(tmp_path: Path) -> None:
+    """Each of thirty functions is called at three places, and hands its argument on: 3 ** 30 ways to follow."""
+    layers = "\n".join(
+        f"def build_{i}(model, rank):\n" + f"    build_{i + 1}(model, rank)\n" * 3 for i in range(30)
+    )
+    last = "def build_30(model, rank):\n    get_peft_model(model, LoraConfig(r=rank))\n\n"
+    support = trainer(
+        tmp_path,
+        f'{RANK}\np.add_argument("--use_lora", action="store_true")',
+        "if args.use_lora:\n    build_0(model, args.rank_of_lora)\nbuild_20(model, args.rank_of_lora)",
+        head=last + layers + HEAD,
+    )
+    assert support.settings("lora_enable", "True") == [Setting("--use_lora", ())]

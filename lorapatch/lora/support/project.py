@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorapatch.errors import Refused
-from lorapatch.lora.support.find_trainer import guess_roots, installed_package
+from lorapatch.lora.support.trainer_file import guess_roots, installed_package
 from lorapatch.lora.support.lookup import Lookup
 from lorapatch.lora.support.source import SourceFile, Unit, last_name, parse_file, string_of
 
