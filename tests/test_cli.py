@@ -267,3 +267,22 @@ def test_verify_and_merge_refuse_what_is_no_adapter(script: Path) -> None:
         assert result.exit_code in (1, 3) and len((result.stderr + result.stdout).splitlines()) >= 1
         assert "Traceback" not in result.output
     assert not Path("out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("output", "said", "code"), [(">/dev/full", "standard output: No space left on device", 3), (">&-", "", 0)]
+)
+def test_an_output_that_takes_nothing_ends_with_a_sentence(script: Path, output: str, said: str, code: int) -> None:
+    for command in ("inspect", "inspect --json", "patch --diff"):
+        ran = subprocess.run(
+            f"{sys.executable} -m lorapatch.cli {command} train.sh {output}", shell=True, capture_output=True, text=True
+        )
+        errors = [line for line in ran.stderr.splitlines() if "note:" not in line]
+        assert (ran.returncode, errors) == (code, [f"lorapatch: {said}"] if said else [])
+
+
+def test_a_trainer_root_that_is_no_folder_is_wrong_usage(script: Path) -> None:
+    for command in ("patch", "check"):
+        result = run(command, "train.sh", "--trainer-root", "nowhere")
+        assert result.exit_code == 2 and "'nowhere' does not exist" in result.stderr

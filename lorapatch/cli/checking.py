@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from lorapatch.cli.shared import SCRIPT
+from lorapatch.cli.shared import ROOT, SCRIPT
 
 __all__ = ["check", "doctor"]
 
@@ -17,7 +17,7 @@ __all__ = ["check", "doctor"]
 @click.argument("scripts", nargs=-1, type=SCRIPT, metavar="SCRIPT...")
 @click.option("--select", multiple=True, metavar="ID", help="Only these rules (ids or their beginnings).")
 @click.option("--ignore", multiple=True, metavar="ID", help="Not these rules.")
-@click.option("--trainer-root", type=SCRIPT, help="The folder that the trainer's path or imports start from.")
+@click.option("--trainer-root", type=ROOT, help="The folder that the trainer's path or imports start from.")
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
 @click.option("--format", "style", type=click.Choice(["text", "json", "github", "sarif"]), default="text")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")

@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorapatch.lora.support.trainer_file import find_trainer
     from lorapatch.lora.support.lora_flags import LoraFlag
     from lorapatch.lora.support.option import Option
     from lorapatch.lora.support.source import Place
+    from lorapatch.lora.support.trainer_file import find_trainer
     from lorapatch.lora.support.trainer_support import FlagSupport, Recommendation, Setting, TrainerSupport, read_trainer
 
 __all__ = [
