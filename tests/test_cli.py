@@ -212,6 +212,17 @@ def test_patching_needs_none_of_the_training_libraries(script: Path) -> None:
     assert ran.returncode == 0 and "patched the finetune launch" in ran.stdout, ran.stderr
 
 
+def test_a_command_that_needs_more_says_what_to_install(script: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'numpy', 'PIL'): sys.modules[name] = None\n"
+        "from lorapatch.cli import main\nmain(['demo', 'toolkit'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 3 and len(ran.stderr.splitlines()) == 1, ran.stderr
+    assert 'is not installed, and demo needs it: pip install "lorapatch[train]"' in ran.stderr
+
+
 def test_a_closed_pipe_ends_quietly(script: Path) -> None:
     script.write_text("".join(f"deepspeed train.py --a{i} {i}\n" for i in range(3000)))
     ran = subprocess.run(
@@ -238,6 +249,15 @@ def test_check_knows_its_rules(script: Path) -> None:
     result = run("check", "train.sh", "--select", "LP999")
     assert result.exit_code == 2 and "there is no rule LP999" in result.stderr
     assert run("check").exit_code == 2
+
+
+def test_check_asks_the_gpus_of_this_machine_for_bf16(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script.write_text("deepspeed train.py --learning_rate 1e-4 --bf16 True\n")
+    assert run("check", "train.sh", "--select", "LP406").exit_code == 0
+    monkeypatch.setattr("lorapatch.run.gpus.Gpus.__len__", lambda gpus: 1)
+    monkeypatch.setattr("lorapatch.run.gpus.Gpus.supports_bf16", lambda gpus, index: False)
+    result = run("check", "train.sh", "--select", "LP406")
+    assert result.exit_code == 1 and "train.sh:1: error LP406 [no-bf16] --bf16 True, but" in result.stdout
 
 
 def test_doctor_speaks_of_the_interpreter_that_a_script_names(script: Path) -> None:

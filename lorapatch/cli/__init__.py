@@ -47,6 +47,11 @@ class _Commands(click.Group):
         except LorapatchError as error:
             fail(str(error))
             ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("lorapatch"):
+                raise
+            fail(f'{error.name} is not installed, and {ctx.invoked_subcommand} needs it: pip install "lorapatch[train]"')
+            ctx.exit(3)
         except BrokenPipeError:
             sys.stderr.close()
             ctx.exit(0)

@@ -41,13 +41,24 @@ def check(
     if not scripts:
         raise click.UsageError("Missing argument 'SCRIPT...'.")
     roots = () if trainer_root is None else (trainer_root,)
-    found = lint.check_scripts(scripts, lint.CheckOptions(select=select, ignore=ignore, roots=roots))
+    options = lint.CheckOptions(select=select, ignore=ignore, roots=roots, bf16=_gpus_have_bf16())
+    found = lint.check_scripts(scripts, options)
     formats = {"json": lint.as_json, "github": lint.as_github, "sarif": lint.as_sarif}
     formatted = formats.get("json" if as_json else style)
     text = lint.as_text(found, len(scripts)) if formatted is None else formatted(found)
     if text:
         click.echo(text)
     sys.exit(lint.exit_code(found, strict=strict))
+
+
+def _gpus_have_bf16() -> bool | None:
+    """Whether every GPU of this machine does; None where none can be asked."""
+    from lorapatch.run.gpus import Gpus
+
+    gpus = Gpus()
+    answers = [gpus.supports_bf16(index) for index in range(len(gpus))]
+    gpus.close()
+    return all(answer is not False for answer in answers) if answers else None
 
 
 @click.command()
