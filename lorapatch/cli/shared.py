@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-__all__ = ["SCRIPT", "fail", "pairs"]
+__all__ = ["ROOT", "SCRIPT", "fail", "pairs"]
 
 SCRIPT = click.Path(path_type=Path)
+ROOT = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
 def fail(sentence: str) -> None:
