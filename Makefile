@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 DEFAULT := original_scripts/train_mgm_2b_stage_1_10k_baseline.sh
 SCRIPT ?= $(DEFAULT)
 SMOKE_OPTIONS ?=
-RUFF := --line-length 128 --select E,F,W,I,B,UP --ignore B905
+RUFF := --target-version py310 --line-length 128 --select E,F,W,I,B,UP --ignore B905
 export PATH := $(abspath $(BIN)):$(PATH)
 export DS_BUILD_OPS := 0
 

@@ -12,7 +12,7 @@ import click
 
 import lorapatch
 from lorapatch.cli.patching import patch_options, patch_settings
-from lorapatch.cli.shared import SCRIPT, Size
+from lorapatch.cli.shared import ROOT, SCRIPT, Size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +61,7 @@ class _Numbers(click.ParamType[list[int]]):
 @click.option("--seq", type=int, help="Tokens of the longest sample; without it the data file tells.")
 @click.option("--images", type=int, help="Images of a sample.")
 @click.option("--trainer", type=click.Choice(["embedded", "upstream", "transformers"]), help="What the trainer is.")
-@click.option("--trainer-root", type=SCRIPT, help="The folder that the trainer's path or imports start from.")
+@click.option("--trainer-root", type=ROOT, help="The folder that the trainer's path or imports start from.")
 @click.option("--compare", type=_Names(), metavar="full,lora,qlora", help="A grid of these methods.")
 @click.option("--zero", type=_Numbers(), metavar="0,2,3", help="ZeRO stages of the grid; 0 is none.")
 @click.option("--batch", type=_Numbers(), metavar="1,4,16", help="Micro-batches of the grid.")
