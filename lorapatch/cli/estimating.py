@@ -203,7 +203,8 @@ def _print_biggest(console: Console, sides: Sequence[tuple[str, Side]]) -> None:
             console.print(f"\nbiggest tensors {name}:")
         for tensor in side.breakdown.biggest:
             shape = " × ".join(f"{edge:,}" for edge in tensor.shape)
-            console.print(f"    {_gib(tensor.nbytes):>6}  {tensor.dtype} {shape}  {escape(_operation(tensor.operation))}, {tensor.phase}")
+            made = f"{_operation(tensor.operation)}, {tensor.phase}"
+            console.print(f"    {_gib(tensor.nbytes):>6}  {tensor.dtype} {shape}  {escape(made)}")
     console.print()
 
 
