@@ -150,6 +150,7 @@ def _train(subject: Subject, setup: RunSetup, engine: Any, recorder: Recorder, w
             engine.backward(loss, boundary=number == micro_batches - 1)
             del loss
         recorder.phase = "step"
+        recorder.phases["step"] = max(recorder.phases.get("step", 0), recorder.live)
         engine.step()
         del held
 
