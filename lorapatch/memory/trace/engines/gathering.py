@@ -48,8 +48,8 @@ class Gatherer:
                         self.shares.append(torch.empty(share, dtype=p.dtype))
                 else:
                     self.shares.append(torch.empty(share, dtype=p.dtype))
-            if size > self.zero.param_persistence_threshold:
-                p.data = torch.empty(0, dtype=p.dtype)
+            persists = size <= self.zero.param_persistence_threshold
+            p.data = torch.empty(p.shape if persists else 0, dtype=p.dtype)
 
     def _watch(self, module: nn.Module) -> list[Any]:
         own = [p for p in module.parameters(recurse=False) if self._size(p) > self.zero.param_persistence_threshold]
