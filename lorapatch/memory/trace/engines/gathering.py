@@ -48,8 +48,8 @@ class Gatherer:
                         self.shares.append(torch.empty(share, dtype=p.dtype))
                 else:
                     self.shares.append(torch.empty(share, dtype=p.dtype))
-            if size > self.zero.param_persistence_threshold:
-                p.data = torch.empty(0, dtype=p.dtype)
+            persists = size <= self.zero.param_persistence_threshold
+            p.data = torch.empty(p.shape if persists else 0, dtype=p.dtype)
 
     def _watch(self, module: nn.Module) -> list[Any]:
         own = [p for p in module.parameters(recurse=False) if self._size(p) > self.zero.param_persistence_threshold]
@@ -57,10 +57,20 @@ class Gatherer:
             return []
         return [
             module.register_forward_pre_hook(lambda *_: self._fetch(own)),
-            module.register_forward_hook(lambda *_: self._release(own)),
+            module.register_forward_hook(lambda *_: self._release_forward(own)),
             module.register_full_backward_pre_hook(lambda *_: self._fetch(own)),
-            module.register_full_backward_hook(lambda *_: self._release(own)),
+            module.register_full_backward_hook(lambda _, inputs, __: self._release_after(own, inputs)),
         ]
+
+    def _release_forward(self, own: list[Tensor]) -> None:
+        """A layer that is computed again keeps its parameters for the backward pass that follows at once."""
+        if self.recorder.phase != "backward":
+            self._release(own)
+
+    def _release_after(self, own: list[Tensor], input_grads: Any) -> None:
+        """A module whose inputs take no gradient (an embedding) keeps its parameters until the backward pass is over."""
+        if any(isinstance(grad, Tensor) for grad in input_grads):
+            self._release(own)
 
     def _size(self, parameter: Tensor) -> int:
         return self.shapes[id(parameter)].numel()
