@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_run import mgm_run, text_run, write_json
 
 from lorapatch.cli import main
 from lorapatch.memory import calibrate as calibrating
+from lorapatch.memory.history import correction
 from lorapatch.run.runs import RunOptions
 
 GIB = 1 << 30
@@ -142,6 +144,20 @@ def test_a_run_that_cannot_be_predicted_is_run_all_the_same(tmp_path: Path, monk
     kept = _runs(monkeypatch, "smoke")
     ended = CliRunner().invoke(main, ["smoke", str(text_run(tmp_path, model_name_or_path="mine"))])
     assert "note: its memory was not predicted: " in ended.output and kept[0].predicted is None
+
+
+def test_a_finished_run_teaches_the_estimates_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"device": {"expected": 10 * GIB}, "breakdown": {"way": "closed form"}, "gpu": "H200"}
+    gpu = {"index": 0, "name": "NVIDIA H200", "before_B": 0}
+    memory = {"predicted": told, "gpus": [gpu], "gpus_of_run": [0], "device_peak_B": 11 * GIB}
+    for name in ("a", "b", "c"):
+        write_json(tmp_path / f"runs/{name}/record.json", {"memory": memory})
+    report = SimpleNamespace(
+        folder=tmp_path / "runs/c", verdict=SimpleNamespace(lines=()), markdown=tmp_path / "RECORD.md", passed=True
+    )
+    monkeypatch.setattr("lorapatch.run.smoke", lambda *arguments, **more: report)
+    assert CliRunner().invoke(main, ["smoke", str(mgm_run(tmp_path))]).exit_code == 0
+    assert correction("H200", "closed form") == 1.1
 
 
 def _runs(monkeypatch: pytest.MonkeyPatch, command: str) -> list[RunOptions]:
