@@ -16,10 +16,12 @@ NAME = "train_mgm_2b_stage_1_10k_baseline.sh"
 @pytest.fixture
 def script(quick_demo: Path, tmp_path: Path) -> Path:
     """The script in a toolkit of its own, which shares all else with the demo."""
-    for entry in quick_demo.iterdir():
-        if entry.name != NAME:
-            (tmp_path / entry.name).symlink_to(entry)
-    return Path(shutil.copy(quick_demo / NAME, tmp_path))
+    toolkit = tmp_path / quick_demo.name
+    toolkit.mkdir()
+    for entry in (*quick_demo.iterdir(), *quick_demo.parent.iterdir()):
+        if entry.name not in (NAME, quick_demo.name):
+            (toolkit if entry.parent == quick_demo else tmp_path).joinpath(entry.name).symlink_to(entry)
+    return Path(shutil.copy(quick_demo / NAME, toolkit))
 
 
 def line_of(script: Path, text: str) -> int:
