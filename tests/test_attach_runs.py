@@ -56,7 +56,9 @@ class Forge:
             line = self.process.stdout.readline()
         return line
 
-    def run(self, style: str, out: str, *more: str, zero: int | None = 2, ranks: int = 1, fresh: bool = True, fails: bool = False) -> "Run":
+    def run(
+        self, style: str, out: str, *more: str, zero: int | None = 2, ranks: int = 1, fresh: bool = True, fails: bool = False
+    ) -> Run:
         """``style``.py under ZeRO-``zero``, with the model in ``model`` if it takes one, into ``out``."""
         if fresh:
             shutil.rmtree(self.folder / out, ignore_errors=True)
@@ -68,7 +70,7 @@ class Forge:
             words = ["--model", str(self.folder / "model"), "--output_dir", str(self.folder / out), *words[-2:]]
         return self.start([str(TRAINERS / f"{style}.py"), *words, *LORA, *more], out, ranks, fails)
 
-    def start(self, argv: list[str], out: str, ranks: int, fails: bool) -> "Run":
+    def start(self, argv: list[str], out: str, ranks: int, fails: bool) -> Run:
         log = self.folder / f"{out}.txt"
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"argv": argv, "ranks": ranks, "log": str(log)}) + "\n")
@@ -233,7 +235,8 @@ def test_without_deepspeed_a_run_goes_on_too_and_the_best_checkpoint_is_loaded(f
 
 def test_resume_from_checkpoint_works_as_a_flag_though_the_trainer_never_passes_it_on(forge: Forge) -> None:
     forge.run("sft", "flagged")
-    more = forge.run("sft", "flagged", "--max_steps", "5", "--resume_from_checkpoint", str(forge.folder / "flagged/checkpoint-4"), fresh=False)
+    checkpoint = str(forge.folder / "flagged/checkpoint-4")
+    more = forge.run("sft", "flagged", "--max_steps", "5", "--resume_from_checkpoint", checkpoint, fresh=False)
     assert len(more.losses) == 1
 
 

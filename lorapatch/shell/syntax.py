@@ -8,20 +8,20 @@ import subprocess
 import tempfile
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from lorapatch.errors import Refused
 from lorapatch.shell.command import blank, gaps
 from lorapatch.shell.outline import Command
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["BashSyntax", "BashWords", "syntax_error"]
 
 _ENVIRONMENT = {"PATH": "/nonexistent", "LC_ALL": "C", "LANG": "C"}
 _TIMEOUT = 20  # seconds
 _DOLLAR = re.compile(rb"[$`]")
+
+
+_Any = TypeVar("_Any", bound="_Bash")
 
 
 class _Bash:
@@ -35,15 +35,19 @@ class _Bash:
         with tempfile.TemporaryFile() as script:  # not a pipe: nobody has to wait until bash has read it
             script.write(text)
             script.seek(0)
-            self._process = subprocess.Popen(
-                [bash, "--noprofile", "--norc", *arguments],
-                stdin=script,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=environment,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [bash, "--noprofile", "--norc", *arguments],
+                    stdin=script,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=environment,
+                    cwd="/",  # a folder that is there
+                )
+            except OSError as error:
+                raise Refused(f"{bash} cannot be run ({error.strerror}); lorapatch needs it to check what it writes") from error
 
-    def __enter__(self) -> Self:
+    def __enter__(self: _Any) -> _Any:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -108,11 +112,11 @@ class BashWords(_Bash):
         code, out, said = self._answer()
         fields = out.split(b"\0")[:-1]
         found: list[list[bytes]] = []
-        while fields:
+        while fields and fields[0].isdigit():
             count = int(fields[0])
             found.append(fields[1 : count + 1])
             del fields[: count + 1]
-        if code or said or len(found) != self._commands:
+        if code or said or fields or len(found) != self._commands:
             raise Refused("bash does not split this command as lorapatch does, so it is not touched; write it more simply")
         return found
 

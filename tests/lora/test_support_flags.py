@@ -261,6 +261,14 @@ def test_argparse_options_have_their_kinds(tmp_path: Path) -> None:
     assert support.flag("--learning_rate").state == "unknown"
 
 
+def test_unknown_flags_that_the_trainer_itself_refuses_are_unknown(tmp_path: Path) -> None:
+    refuses = "args, rest = parser.parse_known_args(today(sys.argv))\n    if rest: raise SystemExit(rest)\n    return args"
+    rename = '\nRENAMED = {"old_rank": "rank"}\ndef today(words): return [RENAMED.get(word, word) for word in words]\n'
+    support = read(tmp_path, {"train.py": rename + ARGPARSE.replace("return parser.parse_args()", refuses)})
+    assert support.flag("--nothing").state == "unknown"
+    assert support.flag("--old_rank").state == "unsure" and "may stand for another" in support.flag("--old_rank").sentence
+
+
 def test_parse_known_args_leaves_unknown_flags_unsure(tmp_path: Path) -> None:
     source = ARGPARSE.replace("parser.parse_args()", "parser.parse_known_args()[0]")
     found = read(tmp_path, {"train.py": source}).flag("--lora_enable")
@@ -447,8 +455,11 @@ def test_a_trainer_is_found_from_the_script_upwards_and_by_module(tmp_path: Path
     assert find_trainer("llm.train.run", module=True, script_dir=scripts) == run
     assert find_trainer("llm.tool", module=True, script_dir=scripts) == tmp_path / "llm/tool/__main__.py"
     assert find_trainer("train/run.py", module=False, script_dir=scripts, roots=[tmp_path / "llm"]) == run
+    assert find_trainer("$PWD/llm/train/run.py", module=False, script_dir=scripts) == run
+    assert find_trainer("`pwd`/../../llm/train/run.py", module=False, script_dir=scripts).samefile(run)  # type: ignore[union-attr]
     for name, module in (
         ("nothing.py", False),
+        ("$DIR/train/run.py", False),
         ("$DIR/run.py", False),
         ("llm.nothing", True),
         ("a b", True),

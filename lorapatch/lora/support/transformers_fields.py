@@ -10,8 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
+<<<<<<< HEAD
 from lorapatch.lora.support.trainer_file import installed_package
+=======
+>>>>>>> main
 from lorapatch.lora.support.option import Kind
+from lorapatch.lora.support.trainer_file import installed_package
 
 __all__ = ["Release", "is_training_arguments", "pinned_version", "read_fields", "releases_for", "table_fields",
            "table_kind", "table_span"]  # fmt: skip
