@@ -12,16 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorapatch.errors import Refused
 from lorapatch.launch.model import Flag, Launch, Script
-<<<<<<< HEAD
-from lorapatch.lora.support import TrainerSupport, read_trainer
-from lorapatch.lora.support.trainer_file import find_trainer
-from lorapatch.lora.support.lora_flags import LoraFlag
-=======
 from lorapatch.lora import support  # loads its readers when they are called
 
 if TYPE_CHECKING:
     from lorapatch.lora.support import LoraFlag, TrainerSupport
->>>>>>> main
 
 __all__ = ["DeepSpeedFile", "Facts", "LaunchFacts", "number", "true"]
 
@@ -69,12 +63,6 @@ class LaunchFacts:
     def trainer_path(self) -> Path | None:
         """The trainer's file; None if it is not found."""
         trainer = self.launch.trainer
-<<<<<<< HEAD
-=======
-        if self.attached:
-            word = next((str(w) for w in self.launch.arguments if not str(w).startswith("-")), "")
-            return support.find_trainer(word, module=not word.endswith(".py"), script_dir=self.script_dir, roots=self._roots)
->>>>>>> main
         if trainer.path is not None and trainer.path.is_file():
             return trainer.path
         return support.find_trainer(str(trainer.word), module=trainer.module, script_dir=self.script_dir, roots=self._roots)

@@ -6,10 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
-    from lorapatch.lora.support.trainer_file import find_trainer
-=======
->>>>>>> main
     from lorapatch.lora.support.lora_flags import LoraFlag
     from lorapatch.lora.support.option import Option
     from lorapatch.lora.support.source import Place
@@ -35,10 +31,4 @@ _HOME_OF = {"find_trainer": "trainer_file", "LoraFlag": "lora_flags", "Option": 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-<<<<<<< HEAD
-    value = getattr(import_module(f"{__name__}.{_HOME_OF.get(name, 'trainer_support')}"), name)
-    globals()[name] = value
-    return value
-=======
     return getattr(import_module(f"{__name__}.{_HOME_OF.get(name, 'trainer_support')}"), name)
->>>>>>> main

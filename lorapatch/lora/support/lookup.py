@@ -8,10 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-<<<<<<< HEAD
-from lorapatch.lora.support.trainer_file import installed_package
-=======
->>>>>>> main
 from lorapatch.lora.support.source import Definition, SourceFile, parse_file
 from lorapatch.lora.support.trainer_file import installed_package
 

@@ -9,10 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorapatch.errors import Refused
-<<<<<<< HEAD
-from lorapatch.lora.support.trainer_file import guess_roots, installed_package
-=======
->>>>>>> main
 from lorapatch.lora.support.lookup import Lookup
 from lorapatch.lora.support.source import SourceFile, Unit, last_name, parse_file, string_of
 from lorapatch.lora.support.trainer_file import guess_roots, installed_package

@@ -10,10 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
-<<<<<<< HEAD
-from lorapatch.lora.support.trainer_file import installed_package
-=======
->>>>>>> main
 from lorapatch.lora.support.option import Kind
 from lorapatch.lora.support.trainer_file import installed_package
 
