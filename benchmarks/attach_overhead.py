@@ -1,10 +1,10 @@
-"""What lorapatch.attach costs a step: a plain Trainer with LoRA by PEFT beside the same Trainer attached, turn by turn.
+"""What lorapatch.attach costs a step: a plain Trainer with LoRA by PEFT beside the same Trainer attached, side by side.
 
     python benchmarks/attach_overhead.py [--steps N] [--turns N] [--hidden N] [--layers N] [--device cpu|cuda]
 
-Both train the same random Llama on the same samples in one process each; the time of a step is the Trainer's own, from
-callbacks that both have. In the first turns the order changes, so that neither has the warmer machine. The limit is 0.5 %
-of a step (median of the turns' ratios).
+Both train the same random Llama on the same samples in one process each, the two of a turn one after the other, in
+changing order. The time of a step, from callbacks that both have, is wall time on a GPU and the process's CPU time on a
+CPU, so that other work on the machine counts little. The limit is 0.5 % of a step (median of the turns' ratios).
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Times(TrainerCallback):
     def now(self):
         if o.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.process_time()
     def on_step_begin(self, *args, **more):
         self.began = self.now()
     def on_step_end(self, *args, **more):

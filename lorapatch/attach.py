@@ -258,18 +258,18 @@ class Attachment:
         self.hook_loading(cls, module)
 
     def hook_making(self, cls: Any) -> None:
-        signature, init = inspect.signature(cls.__init__), cls.__init__
+        init = cls.__init__
+        names = list(inspect.signature(init).parameters)[1:]  # some releases take further, deprecated ones by name
 
         @functools.wraps(init)
         def __init__(trainer: Any, *args: Any, **named: Any) -> None:
-            bound = signature.bind(trainer, *args, **named)
-            given = bound.arguments
+            given = {**dict(zip(names, args)), **named}
             model, make = given.get("model"), given.get("model_init")
             if model is not None and hasattr(model, "named_parameters"):
                 self.adopt(model, given.get("args"))
             elif make is not None:
                 given["model_init"] = functools.wraps(make)(lambda *a: self.adopt(make(*a), given.get("args")))
-            init(*bound.args, **bound.kwargs)
+            init(trainer, **given)
             self.follow(trainer)
 
         cls.__init__ = __init__
@@ -495,7 +495,7 @@ class Attachment:
             return
         self.args, self.state = trainer.args, trainer.state
         speed = speed_callback()
-        create, step = trainer.create_optimizer, trainer.training_step
+        create, step, save = trainer.create_optimizer, trainer.training_step, trainer._save_checkpoint
 
         def create_optimizer(*args: Any, **named: Any) -> Any:
             optimizer = create(*args, **named) or trainer.optimizer
@@ -506,7 +506,13 @@ class Attachment:
             speed.samples += _batch_size(inputs)
             return step(model, inputs, *args, **named)
 
+        def save_checkpoint(*args: Any, **named: Any) -> None:
+            began = time.perf_counter()
+            save(*args, **named)
+            speed.pause += time.perf_counter() - began
+
         trainer.create_optimizer, trainer.training_step = create_optimizer, training_step
+        trainer._save_checkpoint = save_checkpoint
         trainer.add_callback(speed)
         if trainer.optimizer is not None:  # made by the trainer before LoRA was there
             self.retarget(trainer.optimizer)
@@ -935,7 +941,7 @@ def _batch_size(inputs: Any) -> int:
 def speed_callback() -> Any:
     """A TrainerCallback that prints one JSON line at the end: time of a step, samples a second, peak memory in bytes.
 
-    The first step (compiling, allocating) does not count.
+    The first step (compiling, allocating) and the writing of checkpoints do not count.
     """
     import torch
     from transformers import TrainerCallback
@@ -949,7 +955,7 @@ def speed_callback() -> Any:
         def mark(self, step: int) -> tuple[int, float, int]:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-            return step, time.perf_counter(), self.samples
+            return step, time.perf_counter() - self.pause, self.samples
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.first = state.global_step + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ def attach_words(launch: Launch, *, by_path: bool = False) -> tuple[str, ...]:
     return (str(_folder() / "attach.py"),)
 
 
-def check_interpreter(script: Script, launch: Launch) -> str | None:
+def check_interpreter(script: Script, launch: Launch, environment: Mapping[str, str] | None = None) -> str | None:
     """Raise Refused if the launch's interpreter is known and cannot import lorapatch.attach; a note if it is not known."""
     from lorapatch.lora.lint.facts import LaunchFacts
 
@@ -84,9 +85,10 @@ def check_interpreter(script: Script, launch: Launch) -> str | None:
     python = LaunchFacts(launch, script.path.parent if script.path else Path.cwd(), ()).python
     if python is None:
         return unchecked.format(f"its {launch.launcher} was not found here")
+    env = _environment(script, launch, os.environ if environment is None else environment)
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({_MODULE!r}) is None)"
     try:
-        done = subprocess.run([python, "-c", code], env=_environment(script, launch), cwd="/", timeout=30, capture_output=True)
+        done = subprocess.run([python, "-c", code], env=env, cwd="/", timeout=30, capture_output=True)
     except (OSError, subprocess.TimeoutExpired) as error:
         return unchecked.format(f"{python}: {error}")
     if done.returncode:
@@ -113,8 +115,8 @@ def _folder() -> Path:
     return Path(lorapatch.__file__).absolute().parent
 
 
-def _environment(script: Script, launch: Launch) -> dict[str, str]:
-    """This environment with the PYTHONPATH that the launch will have, as far as the script tells."""
+def _environment(script: Script, launch: Launch, environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` with the PYTHONPATH that the launch will have, as far as the script tells."""
     given = next((word.value for name, word in launch.environment if name == "PYTHONPATH"), None)
     path = given or script.value('"$PYTHONPATH"', launch.start)
-    return {**os.environ, "PYTHONPATH": path} if path else dict(os.environ)
+    return {**environment, "PYTHONPATH": path} if path else dict(environment)

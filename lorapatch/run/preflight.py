@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lorapatch.errors import Refused
 from lorapatch.launch.model import Flag, Launch, Script
+from lorapatch.lora.attachment import check_interpreter
 from lorapatch.lora.lint.facts import LaunchFacts, true
 from lorapatch.run.gpus import Gpu, Gpus
 
@@ -118,11 +119,8 @@ def _check_launcher(script: Script, facts: LaunchFacts, environment: Mapping[str
         raise Refused(
             f"line {facts.line}: {python} has no deepspeed, which --deepspeed needs: {python} -m pip install deepspeed"
         )
-    if facts.attached and facts.launch.runs_module and not _has_module(python, "lorapatch.attach", environment):
-        raise Refused(
-            f"line {facts.line}: {python} cannot import lorapatch.attach, through which this launch goes:"
-            f" {python} -m pip install --no-deps lorapatch"
-        )
+    if facts.attached and facts.launch.runs_module:
+        check_interpreter(script, facts.launch, environment)
     return str(python)
 
 

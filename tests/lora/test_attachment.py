@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 import lorapatch
 from lorapatch import PatchOptions, Refused, patch_script, plan_patch, read_script
 from lorapatch.cli import main
+from lorapatch.launch.find import read_source
 
 TRAINERS = Path(__file__).parents[1] / "attach"
 FIVE = "--lora_enable True --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --lora_bias none"
@@ -191,3 +192,16 @@ def test_what_attach_mode_cannot_do_is_refused(folder: Path, text: str, options:
 
 def test_sixteen_bits_need_no_flag(folder: Path) -> None:
     assert "--bits" not in patched("deepspeed plain.py --learning_rate 1\n", PatchOptions(bits=16))
+
+
+def test_the_commands_of_several_nodes_and_a_rendered_job_go_through_it_too(folder: Path) -> None:
+    from lorapatch.run.nodes import node_commands
+    from lorapatch.run.render import render
+
+    patch_script(write("deepspeed plain.py --learning_rate 1 --output_dir out\n"))
+    script = read_script("run.sh")
+    (node,) = node_commands(script, script.launches[0], {"a": 2})
+    assert " --module lorapatch.attach plain.py --learning_rate 1 " in node.command
+    rendered = render(script, script.launches[0], "probe")
+    (launch,) = read_source(rendered.text).launches
+    assert launch.attached and launch.trainer.name == "plain.py"
