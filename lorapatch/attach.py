@@ -76,7 +76,7 @@ def main() -> None:
     """Run the trainer that the command line names; ends as the trainer ends, or with 2 or 3 and one sentence."""
     launcher, module, trainer, words = split_command(sys.argv[1:])
     flags, rest = take_flags(words)
-    attachment = Attachment(flags)
+    attachment = Attachment(Flags(flags))
     sys.argv = [trainer, *launcher, *rest]
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.realpath(trainer))
@@ -137,39 +137,27 @@ def _refuse(sentence: str, code: int = 3) -> NoReturn:
     raise SystemExit(code)
 
 
-class Attachment:
-    """LoRA on one trainer's model: the flags it was given, the model it went into, what is to be saved of it."""
+class Flags:
+    """Our flags as they were given: name to its own words; names without ``lora_`` in the methods."""
 
-    def __init__(self, flags: Mapping[str, list[str]]) -> None:
-        self.flags = dict(flags)
-        self.declared: set[str] = set()  # those that a parser of the trainer took
-        self.seen = False  # a Trainer was made
-        self.model: Any = None
-        self.config: Any = None
-        self.shapes: dict[str, tuple[int, ...]] = {}  # of the trainable parameters, by the model's own names
-        self.first: dict[str, Any] = {}  # PiSSA's first values, by the same names
-        self.args: Any = None
-        self.state: Any = None  # the Trainer's
-        self.kept: tuple[int, dict[str, Any]] | None = None  # step, and the trainable parameters at it, on the CPU
-        self.unsaved = False  # trained, and no adapter written since
-        self.alarm: Any = None  # a hook on optimizers, until a Trainer is made
-        self.quiet = False  # PEFT's own classes are used by us, or to load an adapter
-
-    # -- flags -------------------------------------------------------------------------------------------------------
+    def __init__(self, words: Mapping[str, list[str]]) -> None:
+        self.words = dict(words)
 
     def text(self, name: str) -> str | None:
         """A flag's value as it was given; None if it was not."""
-        words = self.flags.get(f"lora_{name}")
+        words = self.words.get(f"lora_{name}")
         if words is None:
             return None
         head, *values = words
         return head.partition("=")[2] if "=" in head else ",".join(values)
 
     def value(self, name: str) -> str:
+        """A flag's value, or its default."""
         given = self.text(name)
         return _DEFAULTS[name] if given is None else given
 
     def number(self, name: str, kind: type[int] | type[float], low: float, high: float = float("inf")) -> Any:
+        """A flag's value as a number from ``low`` up, below ``high``; refuses any other."""
         text = self.value(name)
         try:
             number = kind(text)
@@ -181,11 +169,13 @@ class Attachment:
 
     @property
     def enabled(self) -> bool:
+        """Whether there is to be LoRA."""
         text = self.text("enable")
         return text is None or text.lower() in ("", "true", "1", "yes", "on")
 
     @property
     def variant(self) -> str:
+        """lora, rslora, dora or pissa."""
         variant = self.value("variant")
         if variant not in ("lora", *_SINCE):
             _refuse(f"--lora_variant {variant}: there are lora, {', '.join(_SINCE)}", 2)
@@ -209,6 +199,25 @@ class Attachment:
                 values.update(_variant_fields(self.variant))
         return values
 
+
+class Attachment:
+    """LoRA on one trainer's model: the flags it was given, the model it went into, what is to be saved of it."""
+
+    def __init__(self, flags: Flags) -> None:
+        self.flags = flags
+        self.declared: set[str] = set()  # those that a parser of the trainer took
+        self.seen = False  # a Trainer was made
+        self.model: Any = None
+        self.config: Any = None
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the trainable parameters, by the model's own names
+        self.first: dict[str, Any] = {}  # PiSSA's first values, by the same names
+        self.args: Any = None
+        self.state: Any = None  # the Trainer's
+        self.kept: tuple[int, dict[str, Any]] | None = None  # step, and the trainable parameters at it, on the CPU
+        self.unsaved = False  # trained, and no adapter written since
+        self.alarm: Any = None  # a hook on optimizers, until a Trainer is made
+        self.quiet = False  # PEFT's own classes are used by us, or to load an adapter
+
     # -- watching the trainer ----------------------------------------------------------------------------------------
 
     def watch(self) -> None:
@@ -230,16 +239,16 @@ class Attachment:
         if args is not None and not (args and set(args) <= set(line)):
             return args
         spelled = {text.lstrip("-").replace("-", "_") for text in parser._option_string_actions if text.startswith("--")}
-        own = [name for name in self.flags if name in spelled]
+        own = [name for name in self.flags.words if name in spelled]
         self.declared.update(own)
-        return [*(line if args is None else args), *(word for name in own for word in self.flags[name])]
+        return [*(line if args is None else args), *(word for name in own for word in self.flags.words[name])]
 
     def hook_optimizers(self, module: Any) -> None:
         """Stop a trainer that trains without a Trainer at its first step, not at its end."""
 
         def _step(*_: Any) -> None:
             self.made()
-            if not self.seen and self.enabled:
+            if not self.seen and self.flags.enabled:
                 _refuse("the trainer makes no transformers.Trainer, so nothing gets LoRA")
 
         self.alarm = module.register_optimizer_step_pre_hook(_step)
@@ -389,12 +398,12 @@ class Attachment:
 
     def override(self, config: Any, model: Any) -> None:
         """Set in the trainer's own ``config`` what the command line asks for and the trainer has no flag for."""
-        asked = [name.removeprefix("lora_") for name in self.flags if name not in self.declared]
-        values = self.config_values(asked)
+        asked = [name.removeprefix("lora_") for name in self.flags.words if name not in self.declared]
+        values = self.flags.config_values(asked)
         if "pissa" in str(values.get("init_lora_weights")):
             _refuse("--lora_variant pissa: the trainer saves its LoRA itself, without PiSSA's part of the base weights")
         if "target_modules" in asked:
-            values["target_modules"] = compact(model, targets(model, self.value("target_modules"), frozen=True))
+            values["target_modules"] = compact(model, targets(model, self.flags.value("target_modules"), frozen=True))
         for name, value in values.items():
             setattr(config, name, set(value) if isinstance(value, list) else value)
         if values and int(os.environ.get("RANK") or 0) == 0:
@@ -418,7 +427,7 @@ class Attachment:
         self.seen = True
         self.made()
         limit_memory(args)
-        if not self.enabled:
+        if not self.flags.enabled:
             return model
         own = any(".lora_" in name for name, _ in model.named_parameters())
         self.model, self.args, self.config, self.kept, self.first = model, args, None, None, {}
@@ -439,11 +448,11 @@ class Attachment:
         from peft.tuners.lora import LoraModel
 
         before = {name for name, p in model.named_parameters() if p.requires_grad}
-        chosen = targets(model, self.value("target_modules"))
+        chosen = targets(model, self.flags.value("target_modules"))
         modules = dict(model.named_modules())
         weights = [modules[path].weight for path in chosen]
-        values = self.config_values(["r", "alpha", "dropout", "bias", "variant"])
-        if self.variant == "pissa" and (_is_partitioned(weights[0]) or not weights[0].is_floating_point()):
+        values = self.flags.config_values(["r", "alpha", "dropout", "bias", "variant"])
+        if self.flags.variant == "pissa" and (_is_partitioned(weights[0]) or not weights[0].is_floating_point()):
             _refuse("--lora_variant pissa needs whole weights of 16 bits or more: not ZeRO-3, and no quantization")
         conv = type(modules[chosen[0]]).__name__ == "Conv1D"
         config = LoraConfig(target_modules=compact(model, chosen), fan_in_fan_out=conv, **values)
@@ -455,7 +464,7 @@ class Attachment:
         model.peft_config = tuner.peft_config
         model._hf_peft_config_loaded = True  # what transformers' add_adapter says of a model with LoRA in it
         self.config = config
-        also = self.text("also_train")
+        also = self.flags.text("also_train")
         sharded = bool(getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None) or _is_fsdp(args))
         dtype = weights[0].dtype
         for name, p in model.named_parameters():
@@ -466,7 +475,7 @@ class Attachment:
                 p.requires_grad = True
             elif p.requires_grad and name.replace(".base_layer.", ".") not in before:
                 p.requires_grad = False  # PEFT's bias="all" also means the towers'
-        if self.variant == "pissa":
+        if self.flags.variant == "pissa":
             pairs = ((n, p) for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n)
             self.first = {name: p.detach().cpu().float().clone() for name, p in pairs}
 
@@ -491,7 +500,7 @@ class Attachment:
         """Everything that happens with one Trainer from now on: its optimizer, its samples, its speed."""
         self.seen = True
         self.made()
-        if not self.enabled or self.model is None:
+        if not self.flags.enabled or self.model is None:
             return
         self.args, self.state = trainer.args, trainer.state
         speed = speed_callback()
@@ -516,14 +525,14 @@ class Attachment:
         trainer.add_callback(speed)
         if trainer.optimizer is not None:  # made by the trainer before LoRA was there
             self.retarget(trainer.optimizer)
-        elif self.text("plus_ratio") and _optimizer_of_deepspeed(trainer):
+        elif self.flags.text("plus_ratio") and _optimizer_of_deepspeed(trainer):
             _refuse("--lora_plus_ratio: the optimizer stands in the DeepSpeed configuration; take it out there, so that"
                     " Trainer makes it")  # fmt: skip
 
     def retarget(self, optimizer: Any) -> None:
         """Let ``optimizer`` hold what is trainable and nothing else, B's learning rate by LoRA+ if that was asked for."""
         groups = getattr(optimizer, "param_groups", None)
-        if self.config is None and not self.text("plus_ratio") or not groups or optimizer.state:
+        if self.config is None and not self.flags.text("plus_ratio") or not groups or optimizer.state:
             return
         named = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         held = set()
@@ -535,9 +544,9 @@ class Attachment:
             groups[0]["params"] += missing
         if len(groups) > 1 and not all(group["params"] for group in groups) and not self.scheduled(groups):
             groups[:] = [group for group in groups if group["params"]]
-        ratio = self.text("plus_ratio")
+        ratio = self.flags.text("plus_ratio")
         if ratio is not None:
-            self.speed_up(groups, named, self.number("plus_ratio", float, 1))
+            self.speed_up(groups, named, self.flags.number("plus_ratio", float, 1))
 
     @staticmethod
     def scheduled(groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -687,7 +696,7 @@ class Attachment:
 
     def finish(self) -> None:
         """After the trainer: was there a Trainer, and is what it trained on the disk?"""
-        if not self.seen and self.enabled:
+        if not self.seen and self.flags.enabled:
             _refuse("the trainer has ended and made no transformers.Trainer, so nothing got LoRA")
         if not self.unsaved or self.kept is None or not self.args.should_save:
             return

@@ -54,15 +54,15 @@ def test_only_our_flags_are_taken_and_each_keeps_its_words() -> None:
         "lora_enable": ["--lora_enable"],
     }
     assert rest == "--lr 1 pos more --x --lora_rank 2".split()
-    settings = attach.Attachment(found)
+    settings = attach.Flags(found)
     assert (settings.value("r"), settings.value("alpha"), settings.value("target_modules")) == ("16", "4", "q,v")
     assert settings.enabled and settings.value("dropout") == "0.1"
-    assert not attach.Attachment({"lora_enable": ["--lora_enable", "False"]}).enabled
+    assert not attach.Flags({"lora_enable": ["--lora_enable", "False"]}).enabled
 
 
 def test_a_parser_gets_the_flags_back_that_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
     flags, rest = attach.take_flags("--lr 1 --lora_r 8 --lora_dropout 0.3".split())
-    attachment = attach.Attachment(flags)
+    attachment = attach.Attachment(attach.Flags(flags))
     monkeypatch.setattr(sys, "argv", ["train.py", *rest])
     parser = argparse.ArgumentParser()
     parser.add_argument("--lr")
@@ -88,9 +88,9 @@ def test_a_parser_gets_the_flags_back_that_it_declares(monkeypatch: pytest.Monke
 def test_a_value_that_makes_no_sense_is_refused(
     flag: str, value: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    attachment = attach.Attachment({f"lora_{flag}": [f"--lora_{flag}", value]})
+    flags = attach.Flags({f"lora_{flag}": [f"--lora_{flag}", value]})
     with pytest.raises(SystemExit) as end:
-        attachment.config_values([flag])
+        flags.config_values([flag])
     assert end.value.code == 2 and sentence in capsys.readouterr().err
 
 
@@ -101,7 +101,7 @@ def test_a_variant_that_the_installed_peft_lacks_is_refused(
     monkeypatch.setattr(peft.LoraConfig, "__dataclass_fields__", {"r": None})
     monkeypatch.setattr(peft, "__version__", "0.4.0")
     with pytest.raises(SystemExit) as end:
-        attach.Attachment({"lora_variant": ["--lora_variant", "dora"]}).config_values(["variant"])
+        attach.Flags({"lora_variant": ["--lora_variant", "dora"]}).config_values(["variant"])
     assert end.value.code == 3
     assert "--lora_variant dora needs peft 0.9 or newer, here is 0.4.0: pip install -U peft" in capsys.readouterr().err
 
@@ -243,7 +243,7 @@ def test_the_optimizer_holds_what_is_trainable_and_lora_plus_speeds_up_b() -> No
     model = Multimodal()
     groups = [{"params": model.layers.parameters()}, {"params": model.embed.parameters(), "lr": 1.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    attachment = attach.Attachment(flags)
+    attachment = attach.Attachment(attach.Flags(flags))
     args = argparse.Namespace(gradient_checkpointing=False, process_index=1, should_save=True)
     attachment.adopt(model, args)
     attachment.retarget(optimizer)
