@@ -37,6 +37,7 @@ class Forge:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.done: dict[str, Run] = {}
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = str(Path(lorapatch.__file__).parents[1])
         program = [sys.executable, "-u", str(TRAINERS / "runner.py")]
@@ -55,6 +56,12 @@ class Forge:
         while line and not line.startswith(("ready", "[")) or line.startswith("[20"):
             line = self.process.stdout.readline()
         return line
+
+    def style(self, name: str) -> Run:
+        """``name``.py as it is; run once."""
+        if name not in self.done:
+            self.done[name] = self.run(name, name)
+        return self.done[name]
 
     def run(
         self, style: str, out: str, *more: str, zero: int | None = 2, ranks: int = 1, fresh: bool = True, fails: bool = False
@@ -90,6 +97,13 @@ class Run:
         self.said = {event.kind: event.data for event in events if isinstance(event, Announcement)}
         self.losses = [e.values["loss"] for e in events if isinstance(e, Metrics) and "loss" in e.values]
 
+    def copy(self, name: str) -> Run:
+        """The same run in another folder, to be gone on with."""
+        copied = Run.__new__(Run)
+        copied.__dict__.update(self.__dict__, folder=self.folder.with_name(name))
+        shutil.copytree(self.folder, copied.folder)
+        return copied
+
     @property
     def lora(self) -> dict[str, Any]:
         return self.said["lora"]
@@ -123,7 +137,7 @@ def assert_accepted(run: Run, tiers: tuple[int, ...] = (1, 2, 3)) -> None:
 
 @pytest.mark.parametrize("style", ["plain", "own_optimizer", "own_saving", "sft", "argparse_only"])
 def test_a_trainer_without_lora_leaves_an_adapter_that_verify_accepts(forge: Forge, style: str) -> None:
-    run = forge.run(style, style)
+    run = forge.style(style)
     assert run.lora == {
         "trainable": 4352, "total": 29088, "lora": 4352, "tensors": 28, "modules": SEVEN, "r": 4, "alpha": 8
     }  # fmt: skip
@@ -144,7 +158,7 @@ def test_flags_that_a_trainer_declares_itself_reach_it(forge: Forge) -> None:
 
 
 def test_an_optimizer_of_the_trainer_s_own_gets_the_trainable_parameters_alone(forge: Forge) -> None:
-    assert "groups [4352] rates [0.005]\n" in forge.run("own_optimizer", "own_optimizer").text
+    assert "groups [4352] rates [0.005]\n" in forge.style("own_optimizer").text
     run = forge.run("own_optimizer", "plus", "--lora_plus_ratio", "16", "--lora_also_train", "norm")
     assert "groups [2048, 160, 2304] rates [0.005, 1e-05, 0.08]\n" in run.text
     import torch
@@ -221,7 +235,7 @@ def update(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_run_goes_on_from_its_checkpoint_under_zero_2(forge: Forge) -> None:
-    assert_goes_on(forge, forge.run("plain", "resumed"), zero=2)
+    assert_goes_on(forge, forge.style("plain").copy("resumed"), zero=2)
 
 
 def test_without_deepspeed_a_run_goes_on_too_and_the_best_checkpoint_is_loaded(forge: Forge) -> None:
@@ -234,7 +248,7 @@ def test_without_deepspeed_a_run_goes_on_too_and_the_best_checkpoint_is_loaded(f
 
 
 def test_resume_from_checkpoint_works_as_a_flag_though_the_trainer_never_passes_it_on(forge: Forge) -> None:
-    forge.run("sft", "flagged")
+    forge.style("sft").copy("flagged")
     checkpoint = str(forge.folder / "flagged/checkpoint-4")
     more = forge.run("sft", "flagged", "--max_steps", "5", "--resume_from_checkpoint", checkpoint, fresh=False)
     assert len(more.losses) == 1
@@ -245,7 +259,7 @@ def test_a_checkpoint_of_another_kind_is_refused(forge: Forge) -> None:
     assert (forge.folder / "full/model.safetensors").is_file()
     refused = forge.run("plain", "full", zero=None, fresh=False, fails=True)
     assert refused.codes == [3] and "holds no adapter, it is of a full fine-tuning" in refused.text
-    shutil.copytree(forge.folder / "plain", forge.folder / "rank4", dirs_exist_ok=True)
+    forge.style("plain").copy("rank4")
     other = forge.run("plain", "rank4", "--lora_r", "8", fresh=False, fails=True)
     assert other.codes == [3] and "is of LoRA of rank 4, this run has rank 8" in other.text
 
