@@ -1,0 +1,1 @@
+"""Tune until it fits and learns: as few and as short runs as possible."""
