@@ -14,13 +14,13 @@ FLOORS = {
     "shell": 1,
     "launch": 2,
     "lora": 3,
-    "memory": 3,
     "adapter": 3,
     "run": 4,
-    "tune": 5,
-    "report": 5,
-    "cli": 6,
-    "__init__": 7,
+    "memory": 5,
+    "tune": 6,
+    "report": 6,
+    "cli": 7,
+    "__init__": 8,
 }
 ALONE = {"trainer": set(), "demo": {"errors", "resources", "trainer"}, "attach": set()}
 HEAVY = {"torch", "transformers", "peft", "deepspeed", "accelerate", "bashlex", "tree_sitter", "tree_sitter_bash"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 import lorapatch
 from lorapatch.cli.patching import patch_options, patch_settings
-from lorapatch.cli.shared import SCRIPT, fail
+from lorapatch.cli.shared import SCRIPT, Size, fail
 
 if TYPE_CHECKING:
     from lorapatch.lora.flags import PatchOptions
@@ -23,30 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["demo", "full", "monitor", "render", "smoke"]
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
-UNITS = {
-    "": 1,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
-
-
-class Size(click.ParamType[int]):
-    """A size such as 24GiB, in bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
-        units = {unit.lower(): factor for unit, factor in UNITS.items()}
-        if match is None or match[2].lower() not in units:
-            self.fail(f"{value!r} is not a size such as 24GiB", param, ctx)
-        return int(float(match[1]) * units[match[2].lower()])
 
 
 @click.command()

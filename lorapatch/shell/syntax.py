@@ -15,7 +15,7 @@ from lorapatch.shell.command import blank, gaps
 from lorapatch.shell.outline import Command
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 __all__ = ["BashSyntax", "BashWords", "syntax_error"]
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from lorapatch.errors import Refused
 from lorapatch.launch.model import Flag, Launch, Script
-from lorapatch.lora.support import TrainerSupport, find_trainer, read_trainer
+from lorapatch.lora.support import TrainerSupport, read_trainer
+from lorapatch.lora.support.find_trainer import find_trainer
 from lorapatch.lora.support.lora_flags import LoraFlag
 
 __all__ = ["DeepSpeedFile", "Facts", "LaunchFacts", "number", "true"]

@@ -1,0 +1,130 @@
+"""What a GPU takes beside PyTorch's allocations: CUDA context, NCCL, cuBLAS's workspace; a table, refined by measuring."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from lorapatch.errors import UsageError
+from lorapatch.memory.cache import load, store
+from lorapatch.memory.model import Bytes
+from lorapatch.run.gpus import Gpus
+
+__all__ = ["CARDS", "Card", "card_called", "card_here", "default_card", "save_calibration"]
+
+MIB = 1 << 20
+_CALIBRATION = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: memory as nvidia-smi shows it, and what a process takes of it beside its tensors; bytes.
+
+    ``context`` is the CUDA context with the kernels that a training step loads, ``nccl`` what communication takes when
+    a launcher sets it up (DeepSpeed does for one GPU, too), ``workspace`` cuBLAS's and cuBLASLt's, which PyTorch allocates.
+    ``measured``: on such a card, by us or by ``lorapatch estimate --calibrate``; else it is the nearest one's.
+    """
+
+    name: str
+    memory: int
+    context: int
+    nccl: int
+    workspace: int
+    measured: bool = False
+
+    def overhead(self, *, distributed: bool) -> Bytes:
+        """Device memory beside what PyTorch reserves, for one process."""
+        expected = self.context + (self.nccl if distributed else 0)
+        spread = 0.25 if self.measured else 0.4
+        return Bytes(round(expected * (1 - spread)), expected, round(expected * (1 + spread)))
+
+
+def _card(name: str, memory: int, context: int, nccl: int, workspace: int, measured: bool = False) -> Card:
+    return Card(name, memory * MIB, context * MIB, nccl * MIB, workspace * MIB, measured)
+
+
+# Memory: nvidia-smi's total, MiB. Workspace: aten/src/ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize (32 MiB on compute
+# capability 9, else 8 MiB and a little) and cuBLASLt's. Context and NCCL of the H200: eight training runs under ZeRO-2
+# with torch 2.11 (device less reserved: 2.29 GiB; 1.7 GiB in eight others); the other cards' contexts are rounded from
+# what users report for an idle PyTorch process with lazy loading (CUDA 12), and were not measured by us.
+CARDS = (
+    _card("H200", 143_771, 560, 1_560, 64, measured=True),
+    _card("H100", 81_559, 560, 1_560, 64),
+    _card("A100 80GB", 81_920, 450, 1_000, 9),
+    _card("A100 40GB", 40_960, 450, 1_000, 9),
+    _card("L40S", 46_068, 430, 900, 9),
+    _card("RTX A6000", 49_140, 350, 800, 9),
+    _card("A10", 23_028, 300, 700, 9),
+    _card("L4", 23_034, 330, 700, 9),
+    _card("RTX 5090", 32_607, 500, 900, 40),
+    _card("RTX 4090", 24_564, 400, 700, 9),
+    _card("RTX 3090", 24_576, 310, 700, 9),
+    _card("T4", 15_360, 180, 500, 9),
+    _card("V100 32GB", 32_768, 310, 700, 9),
+    _card("V100 16GB", 16_384, 310, 700, 9),
+)
+_USUAL = "RTX 4090"  # the 24 GB card, where there is none to look at
+
+
+def card_called(name: str, torch: str | None = None) -> Card:
+    """The card whose name is (a part of) ``name``, with what was measured of it under that ``torch``.
+
+    Raises UsageError for a card that is not in the table.
+    """
+    wanted = _letters(name)
+    found = [card for card in CARDS if _letters(card.name) in wanted]
+    found = found or [card for card in CARDS if wanted and wanted in _letters(card.name)]
+    found = found or [card for card in CARDS if set(_parts(card.name)) <= set(_parts(name))]
+    if not found:
+        raise UsageError(f"there is no card {name} in the table; choose one of {', '.join(card.name for card in CARDS)}")
+    return _calibrated(max(found, key=lambda card: len(card.name)) if _letters(found[0].name) in wanted else found[0], torch)
+
+
+def card_here(torch: str | None = None) -> Card | None:
+    """This machine's first GPU; None where there is none. One that the table does not know has its own memory."""
+    gpus = Gpus()
+    try:
+        seen = gpus.memory()
+    finally:
+        gpus.close()
+    if not seen:
+        return None
+    try:
+        known = card_called(seen[0].name, torch)
+    except UsageError:
+        known = _calibrated(replace(card_called(_USUAL), name=seen[0].name, measured=False), torch)
+    return replace(known, memory=seen[0].total_B)
+
+
+def default_card(torch: str | None = None) -> tuple[Card, str | None]:
+    """The card here, or the usual 24 GB one, and then what was assumed."""
+    here = card_here(torch)
+    if here is not None:
+        return here, None
+    return card_called(_USUAL, torch), f"no GPU is here; device memory is meant for a {_USUAL} (say --gpu)"
+
+
+def _letters(name: str) -> str:
+    return "".join(_parts(name))
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in re.findall(r"[a-z0-9]+", name.lower()) if part not in ("nvidia", "geforce", "tesla", "rtx")]
+
+
+def _calibrated(card: Card, torch: str | None) -> Card:
+    found = load(_CALIBRATION).get(_key(card.name, torch))
+    if not isinstance(found, dict):
+        return card
+    known = {"context": card.context, "nccl": card.nccl, "workspace": card.workspace}
+    known |= {name: int(found[name]) for name in known if found.get(name) is not None}
+    return replace(card, measured=True, context=known["context"], nccl=known["nccl"], workspace=known["workspace"])
+
+
+def save_calibration(card: Card, torch: str, **measured_B: int | None) -> None:
+    """Keep what was measured on ``card`` with this version of torch, for every estimate from now on."""
+    store(_CALIBRATION, {**load(_CALIBRATION), _key(card.name, torch): measured_B})
+
+
+def _key(name: str, torch: str | None) -> str:
+    return f"{_letters(name)} torch {(torch or '').partition('+')[0]}"
