@@ -77,7 +77,7 @@ class Configuration:
     def words(self) -> str:
         """The whole of it in a line of a table."""
         parts = [f"{self.micro_batch} × {self.accumulation}", "checkpointing" if self.checkpointing else "no checkpointing"]
-        parts.append(f"r {self.r} on {_modules(self.target_modules)}")
+        parts.append(f"r {self.r}" + (f" on {_modules(self.target_modules)}" if self.target_modules else ""))
         parts += [f"{self.bits} bit"] if self.bits != 16 else []
         parts += [f"{self.max_length} tokens"] if self.max_length else []
         parts += [_name(self.deepspeed)] if self.deepspeed else []
@@ -94,15 +94,15 @@ class Configuration:
             "deepspeed": f"{_name(self.deepspeed or 'no DeepSpeed')}",
             "model": f"the model {_name(self.model or '')}",
             "r": f"r {self.r} (was {other.r})",
-            "target_modules": f"LoRA on {_modules(self.target_modules)}",
+            "target_modules": f"LoRA on {_modules(self.target_modules or 'the modules of the trainer')}",
             "bits": f"{self.bits} bit",
         }
         changed = [name for name in said if getattr(self, name) != getattr(other, name)]
         return ", ".join(said[name] for name in changed) or "the script's own settings"
 
 
-def _modules(names: str | None) -> str:
-    short = [name.removesuffix("_proj") for name in (names or "its own modules").split(",")]
+def _modules(names: str) -> str:
+    short = [name.removesuffix("_proj") for name in names.split(",")]
     return "all seven modules" if len(short) == 7 else ", ".join(short)
 
 

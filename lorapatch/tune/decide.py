@@ -200,7 +200,14 @@ def _why(
 
 
 def _last_resort(levels: Sequence[_Level], fitting: Fitting) -> Decision | None:
-    """Nothing is expected to fit; the smallest is tried all the same where the lower bound leaves room for it."""
+    """Nothing is expected to fit; the smallest is tried all the same where the lower bound leaves room for it.
+
+    Of host memory one run says nothing yet about another: the smallest that costs no quality is the second to measure.
+    """
+    first = levels[0].smallest
+    if fitting.space.host and len(fitting.trials) == 1 and not fitting.was_run(first):
+        reason = "a second measurement, of the smallest that costs no quality: how host memory grows is not known yet"
+        return Decision(reason, first, "probe", PROBE_STEPS, fitting.expected(first))
     sizes = [(fitting.expected(level.smallest) or 0, number, level.smallest) for number, level in enumerate(levels)]
     open_ones = [item for item in sizes if not fitting.was_run(item[2]) and not fitting.barred(item[2])]
     if not open_ones:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lorapatch.tune.configuration import Configuration
@@ -12,6 +13,7 @@ __all__ = ["Fitting", "gib", "speed_score"]
 
 # A prediction has to leave this share of the budget free.
 _MARGIN = 0.02
+_STEEPEST = 3.0
 _NEARLY = 0.9  # below this share of what is expected a budget is hopeless
 # Seconds of a sample: the forward and backward pass (a third more with checkpoints), and a part that every micro-batch
 # takes however small it is, spread over its samples. Measured on MGM-2B, one H200: 0.16 s and 0.032 s a sample.
@@ -22,8 +24,10 @@ _OFFLOADED = 1.02
 
 
 def gib(size_B: int | None) -> str:
-    """Bytes in GiB, two digits behind the point."""
-    return "n/a" if size_B is None else f"{size_B / (1 << 30):.2f} GiB"
+    """Bytes in GiB, two digits behind the point; what would be 0 then in MiB."""
+    if size_B is None:
+        return "n/a"
+    return f"{size_B / (1 << 30):.2f} GiB" if abs(size_B) >= 1 << 27 else f"{size_B / (1 << 20):.1f} MiB"
 
 
 def speed_score(configuration: Configuration) -> float:
@@ -51,25 +55,36 @@ class Fitting:
         if measured:
             return max(measured)
         prediction = self._predict(configuration, False)
-        return None if prediction is None else corrected(prediction, self._points(configuration))
+        if prediction is None:
+            return None
+        # Host memory is another thing than what is predicted: only what was measured says how they go together.
+        steepest = math.inf if self.space.host else _STEEPEST
+        points, full = self._points(configuration)
+        size = corrected(prediction, [*points, full] if full is not None else points, steepest)
+        if full is not None and prediction.expected >= full[0]:
+            return max(size, full[1] + prediction.expected - full[0])
+        return size
 
     def _runs(self, configuration: Configuration) -> list[Trial]:
         return [trial for trial in self.trials if trial.configuration.footprint == configuration.footprint]
 
-    def _points(self, configuration: Configuration) -> list[tuple[int, int]]:
-        """Pairs of predicted and measured bytes, of runs of the same kind if there are any."""
+    def _points(self, configuration: Configuration) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
+        """Pairs of predicted and measured bytes, of runs of the same kind if there are any; and of the smallest run that
+        was out of memory, which says no more than that it was too little."""
         known = [trial for trial in self.trials if trial.measured_B is not None or trial.outcome == "oom"]
         alike = [trial for trial in known if trial.configuration.bits == configuration.bits]
         points: dict[int, int] = {}
+        full: tuple[int, int] | None = None
         for trial in alike or known:
             prediction = self._predict(trial.configuration, False)
             if prediction is None:
                 continue
-            # Out of memory says no more than that it was too little.
-            least = max(self.goal.budget_B, prediction.expected) * 102 // 100
-            measured = trial.measured_B if trial.measured_B is not None and trial.outcome != "oom" else least
-            points[prediction.expected] = max(points.get(prediction.expected, 0), measured)
-        return sorted(points.items())
+            x = prediction.expected
+            if trial.measured_B is not None:
+                points[x] = max(points.get(x, 0), trial.measured_B)
+            elif full is None or x < full[0]:
+                full = x, max(self.goal.budget_B, x) * 102 // 100
+        return sorted(points.items()), full
 
     def fits(self, configuration: Configuration) -> bool:
         """Whether it fits, as far as is known."""
@@ -86,7 +101,7 @@ class Fitting:
             return self.fits(configuration)
         exact = self._predict(configuration, True)
         if exact is not None:
-            self._known[configuration] = corrected(exact, [])
+            self._known[configuration] = exact.expected
         return self.fits(configuration)
 
     def may_fit(self, configuration: Configuration) -> bool:
@@ -113,11 +128,11 @@ class Fitting:
         return False
 
 
-def corrected(prediction: Prediction, points: Sequence[tuple[int, int]]) -> int:
-    """The prediction as the runs so far teach it: ``points`` are (predicted, measured) in rising order.
+def corrected(prediction: Prediction, points: Sequence[tuple[int, int]], steepest: float = _STEEPEST) -> int:
+    """The prediction as the runs so far teach it: ``points`` are (predicted, measured).
 
     One run shifts it: upwards by all of its error, downwards by half, since a run of a few steps may not have met the
-    longest batch. From two on the line through the nearest two says how the error grows.
+    longest batch. From two on the line through the nearest two says how the error grows, within reason (``steepest``).
     """
     x = prediction.expected
     if not points:
@@ -126,7 +141,7 @@ def corrected(prediction: Prediction, points: Sequence[tuple[int, int]]) -> int:
     (x0, y0), *more = near
     if more and more[0][0] != x0:
         x1, y1 = more[0]
-        slope = min(max((y1 - y0) / (x1 - x0), 0.1), 10.0)
+        slope = min(max((y1 - y0) / (x1 - x0), 0.1), steepest)
         return round(y0 + slope * (x - x0))
     error = y0 - x0
     return x + (error if error > 0 else error // 2)

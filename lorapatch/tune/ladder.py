@@ -178,7 +178,10 @@ def open_space(
     )
 
 
-_LABELS = {"micro_batch": "micro-batch", "gradient_checkpointing": "gradient checkpointing", "zero3": "ZeRO-3"}
+_LABELS = {
+    "micro_batch": "micro-batch", "zero3": "ZeRO-3", "offload": "optimizer in host memory", "max_length": "shorter samples",
+    "bits": "fewer bits", "model": "a smaller model",
+}  # fmt: skip
 
 
 def _candidates(
@@ -203,18 +206,18 @@ def _candidates(
             alpha = max(1, r * start.alpha // start.r)
             yield Rung(name, f"rank {r}", (("r", r), ("alpha", alpha)))
     elif name == "bits":
-        for bits in values:
-            yield Rung(name, f"{bits} bit", (("bits", bits),)) if machine.gpus else f"{bits} bit needs a GPU"
+        yield from (Rung(name, f"{bits} bit", (("bits", bits),)) for bits in values if machine.gpus)
+        if not machine.gpus:
+            yield "fewer bits need a GPU"
     elif name == "target_modules":
         for modules in values:
             short = modules.replace("_proj", "").replace(",", ", ")
             yield Rung(name, f"LoRA on {short}", (("target_modules", modules),))
     else:
-        for length in values:
-            if machine.longest is None or length < machine.longest:
-                yield Rung(name, f"{length} tokens", (("max_length", length),))
-            else:
-                yield f"no sample is longer than {length} tokens"
+        useful = [length for length in values if machine.longest is None or length < machine.longest]
+        yield from (Rung(name, f"{length} tokens", (("max_length", length),)) for length in useful)
+        if not useful:
+            yield f"no sample is longer than {machine.longest} tokens"
 
 
 def _deepspeed(name: str, start: Configuration, machine: Machine) -> Rung | str:
@@ -224,6 +227,8 @@ def _deepspeed(name: str, start: Configuration, machine: Machine) -> Rung | str:
         return "it shares the weights out over several GPUs, and there are not several"
     if name == "zero3" and start.bits != 16:
         return "it does not go with fewer bits"
+    if name == "offload" and start.offload:
+        return "the script is there already"
     file = machine.sibling(name)
     if file is None:
         return "no such DeepSpeed configuration stands beside the script's own"

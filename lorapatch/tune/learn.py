@@ -49,10 +49,10 @@ def next_lesson(space: Space, goal: Goal, trials: Sequence[Trial], best: Trial, 
     state, sentence = last.learning.state, last.learning.sentence
     if state == "zero":
         return Lesson(f"run {last.number}: {sentence}")
-    if state in _TOO_HIGH:
+    if state in _TOO_HIGH and not any(trial.fits and trial.learning.learns for trial in lessons):
         return _lower(space, lessons, last, sentence)
     longer = next((steps for steps in goal.steps if steps > last.steps), None)
-    if longer is not None and (state != "falling" or last.steps == goal.steps[0]):
+    if longer is not None and state not in _TOO_HIGH and (state != "falling" or last.steps == goal.steps[0]):
         what = "it falls; does it go on" if state == "falling" else "that is too short to tell; more"
         return Lesson(f"run {last.number}: {sentence}; {what} in {longer} steps?", last.configuration, longer)
     if state == "falling" and goal.prefer != "quality":

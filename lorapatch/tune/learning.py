@@ -66,7 +66,7 @@ def _slope(losses: Sequence[float]) -> tuple[float, float, float]:
     slopes = sorted((losses[j] - losses[i]) / (j - i) for i in range(n) for j in range(i + 1, n))
     spread = _Z * math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
     count = len(slopes)
-    low = max(0, math.floor((count - spread) / 2))
+    low = max(0, math.floor((count - spread) / 2) - 1)  # Sen counts from 1
     high = min(count - 1, math.ceil((count + spread) / 2))
     return median(slopes), slopes[low], slopes[high]
 

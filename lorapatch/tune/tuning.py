@@ -178,8 +178,9 @@ def tune(
             trainer_root=options.trainer_root,
         )  # fmt: skip
         run_trial = Runner(tuned, goal, run_options, view, gpu=not space.host)
+    ours = record.hashes_written(options.runs)  # before this session's record takes the place of an earlier one
     ended = session.run(run_trial)
-    return _finish(session, ended, options.runs)
+    return _finish(session, ended, ours)
 
 
 def preview(
@@ -241,7 +242,7 @@ def _estimator(tuned: TunedScript, options: TuneOptions) -> EstimateOf:
 # -- the end ---------------------------------------------------------------------------------------------------------
 
 
-def _finish(session: _Session, ended: Decision, runs: Path) -> Tuning:
+def _finish(session: _Session, ended: Decision, ours: set[str]) -> Tuning:
     """Write the winner beside the script, and the record."""
     tuned = session.tuned
     best = winner(session.goal, session.trials) if ended.end in ("done", "limit") else None
@@ -250,7 +251,7 @@ def _finish(session: _Session, ended: Decision, runs: Path) -> Tuning:
         text = tuned.text(best.configuration)
         if (objection := syntax_error(text)) is not None:
             raise Refused(f"{tuned.path}: bash does not accept the tuned script: {objection}")
-        target = _target(tuned.path, text, record.hashes_written(runs))
+        target = _target(tuned.path, text, ours)
         write_new(target, text, like=tuned.path)
         old, new = (part.decode("utf-8", "replace").splitlines(keepends=True) for part in (tuned.original, text))
         diff = "".join(unified_diff(old, new, tuned.path.name, target.name))
