@@ -16,8 +16,9 @@ __all__ = ["Decision", "Skipped", "decide", "winner"]
 
 # A probe is three optimizer steps: the first makes the optimizer's states, the others are the steady ones.
 PROBE_STEPS = 3
-# A further probe has to promise this much more speed; one of the other kind is worth a look when it is this near.
-_GAIN, _NEAR = 1.05, 0.85
+# A further probe has to promise this much more speed, and more when the last one was too large already; one of the other
+# kind is worth a look when it is this near.
+_GAIN, _GAIN_AFTER_A_MISS, _NEAR = 1.05, 1.3, 0.85
 _ENOUGH = 3  # probes that fit
 
 
@@ -175,12 +176,13 @@ def _worth_a_look(
     if goal.prefer == "memory" or len(measured) >= _ENOUGH:
         return None
     mine = speed_score(best.configuration)
+    missed = any(trial.too_large for trial in trials if trial.number > best.number)
+    kinds = {trial.configuration.checkpointing for trial in measured}
     for other in pool:
-        if speed_score(other) > _GAIN * mine:
+        if speed_score(other) > (_GAIN_AFTER_A_MISS if missed else _GAIN) * mine:
             return other
         # The score is rough: of the two kinds, with and without checkpointing, each is measured when they are near.
-        kinds = {trial.configuration.checkpointing for trial in measured}
-        if speed_score(other) > _NEAR * mine and other.checkpointing not in kinds:
+        if not missed and speed_score(other) > _NEAR * mine and other.checkpointing not in kinds:
             return other
     return None
 

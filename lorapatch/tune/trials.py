@@ -11,7 +11,9 @@ from typing import Any
 from lorapatch.run.finish import Report, Subject
 from lorapatch.run.gpus import Gpus
 from lorapatch.run.runs import RunOptions, StageRun, run_stage
+from lorapatch.run.state import LoggedStep, RunState
 from lorapatch.run.view import View
+from lorapatch.run.watch import MemorySample
 from lorapatch.tune.decide import Decision
 from lorapatch.tune.learning import judge
 from lorapatch.tune.script import TunedScript
@@ -21,9 +23,9 @@ __all__ = ["FRACTION", "Runner", "RunTrial"]
 
 # What the trainer hands to torch.cuda.set_per_process_memory_fraction, so that "out of memory" is what a smaller card says.
 FRACTION = "LORAPATCH_MEMORY_FRACTION"
-# CUDA context, cuBLAS, NCCL, where no prediction says: seen between 0.5 and 2.3 GiB.
+# CUDA context, cuBLAS, NCCL, where no prediction says: seen between 0.5 and 2.3 GiB; and how far off a prediction may be.
 _OUTSIDE = 1 << 30
-_MOST_OUTSIDE = 4 << 30
+_SPREAD = 3 << 28
 # A probe needs no more micro-steps than it takes for gradients to be added to others.
 _PROBE_ACCUMULATION = 2
 
@@ -63,7 +65,7 @@ class Runner:
             predicted=predicted._asdict() if predicted is not None else None,
         )
         subject = Subject(self.tuned.path, self.tuned.original, script, launch.line)
-        report = run_stage(subject, launch, stage, options, self.view)
+        report = run_stage(subject, launch, stage, options, _Steps(self.view))
         measured = measured_bytes(report.record, predicted)
         losses = _losses(report)
         outcome, cause = _outcome(report, measured, self.goal.budget_B, losses)
@@ -100,21 +102,44 @@ class Runner:
         return {FRACTION: f"{min(max(share, 0.01), given):.4f}"} if min(share, given) < 1 else {}
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """A view without what was said before the first run already, and would be said again with each."""
+
+    view: View
+
+    def begin(self, title: str, state: RunState, budget_B: int | None) -> None:
+        self.view.begin(title, state, budget_B)
+
+    def say(self, sentence: str) -> None:
+        pass
+
+    def step(self, row: LoggedStep) -> None:
+        self.view.step(row)
+
+    def memory(self, sample: MemorySample) -> None:
+        self.view.memory(sample)
+
+    def end(self) -> None:
+        self.view.end()
+
+
 def measured_bytes(record: Mapping[str, Any], predicted: Prediction | None) -> int | None:
     """The peak of a run in bytes: of the GPU as nvidia-smi counts it, of host memory where it used none.
 
-    The driver tells of the whole card. Where the trainer says what its allocator had, and the rest is no plausible CUDA
-    context, the rest is other processes', and the predicted context is taken instead.
+    The driver tells of the whole card, and other processes may come and go on it. Where the trainer says what its
+    allocator had, and the rest is not what a context takes, the rest is theirs, and the predicted context is taken instead.
     """
     memory, speed = record["memory"], record["metrics"]["trainer"].get("speed", {})
     if memory["device_peak_B"] is None:
         return memory["host_rss_peak_B"] or None
     before = max((gpu["before_B"] or 0 for gpu in memory["gpus"] if gpu["index"] in memory["gpus_of_run"]), default=0)
     device = int(memory["device_peak_B"]) - before
+    outside = predicted.outside if predicted is not None and predicted.outside else _OUTSIDE
     reserved = speed.get("peak_reserved_B")
-    if not reserved or 0 < device - reserved < _MOST_OUTSIDE:
+    if not reserved or abs(device - reserved - outside) <= _SPREAD:
         return device
-    return int(reserved) + (predicted.outside if predicted is not None and predicted.outside else _OUTSIDE)
+    return int(reserved) + outside
 
 
 def _losses(report: Report) -> tuple[float, ...]:

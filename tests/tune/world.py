@@ -25,9 +25,10 @@ def budget(size_GiB: float, **more: object) -> Goal:
     return Goal(int(size_GiB * GIB), **more)  # type: ignore[arg-type]
 
 
-def space(
-    start: Configuration = START, ladder: str = "bytes", machine: Machine = Machine(1, (("offload", "z_offload.json"),))
-) -> Space:
+ONE_GPU = Machine(1, (("offload", "z_offload.json"),))
+
+
+def space(start: Configuration = START, ladder: str = "bytes", machine: Machine = ONE_GPU) -> Space:
     return open_space(read_ladder(ladder), start, machine, lambda configuration: None)
 
 
