@@ -137,7 +137,7 @@ def _print(found: Estimate, budget: int | None) -> None:
     for name in ("allocated", "reserved", "device"):
         style = "bold" if name == "device" else ""
         table.add_row(_TOTALS[name], *(_bounds(getattr(side, name)) for _, side in sides), style=style)
-    if any(side.breakdown.host for _, side in sides):
+    if any(side.breakdown.host > GIB // 100 for _, side in sides):
         table.add_row("host memory, offloaded", *(_gib(side.breakdown.host) for _, side in sides))
     for label, row in _facts(sides):
         table.add_row(label, *(escape(cell) for cell in row))
@@ -170,7 +170,12 @@ def _facts(sides: Sequence[tuple[str, Side]]) -> Iterable[tuple[str, list[str]]]
 
 
 def _peak(breakdown: Breakdown) -> str:
-    return f"{breakdown.phase}: {breakdown.operation}" if breakdown.operation else breakdown.phase
+    return f"{breakdown.phase}: {_operation(breakdown.operation)}" if breakdown.operation else breakdown.phase
+
+
+def _operation(name: str) -> str:
+    """An operation of torch without the name of its overload."""
+    return name.partition(".")[0]
 
 
 def _fits(found: Estimate, sides: Sequence[tuple[str, Side]], budget: int | None) -> list[str]:
@@ -198,7 +203,7 @@ def _print_biggest(console: Console, sides: Sequence[tuple[str, Side]]) -> None:
             console.print(f"\nbiggest tensors {name}:")
         for tensor in side.breakdown.biggest:
             shape = " × ".join(f"{edge:,}" for edge in tensor.shape)
-            console.print(f"    {_gib(tensor.nbytes):>6}  {tensor.dtype} {shape}  {escape(tensor.operation)}, {tensor.phase}")
+            console.print(f"    {_gib(tensor.nbytes):>6}  {tensor.dtype} {shape}  {escape(_operation(tensor.operation))}, {tensor.phase}")
     console.print()
 
 

@@ -115,6 +115,7 @@ def smoke(
     options, patch, dry_run = _split(arguments, values)
     if dry_run:
         return _print_nodes(script, options, patch)
+    options = _with_prediction(script, options, patch)
     _report(
         run.smoke(
             script,
@@ -144,6 +145,7 @@ def full(script: Path, arguments: tuple[str, ...], resume: bool, **values: Any) 
     options, patch, dry_run = _split(arguments, values)
     if dry_run:
         return _print_nodes(script, options, patch)
+    options = _with_prediction(script, options, patch)
     _report(run.full(script, patch, options, view=_view(), resume=resume))
 
 
@@ -166,6 +168,22 @@ def _split(arguments: tuple[str, ...], values: dict[str, Any]) -> tuple[RunOptio
     )
     given = any(value not in (None, ()) for value in values.values())
     return options, patch_settings(**values) if given else None, dry_run
+
+
+def _with_prediction(script: Path, options: RunOptions, patch: PatchOptions | None) -> RunOptions:
+    """The options with what the run's memory should be, for the record beside what it was; a run never fails for it."""
+    from dataclasses import replace
+
+    from lorapatch.memory.estimate import prediction_dict
+
+    try:
+        found = lorapatch.estimate(
+            script, patch, sides=("after",), trainer_root=options.trainer_root, fast=True, largest=False
+        )
+        return replace(options, predicted=prediction_dict(found))
+    except Exception as error:  # noqa: BLE001 - whatever is odd about the script, running it tells more than guessing
+        click.echo(f"note: its memory was not predicted: {error}")
+        return options
 
 
 def _view() -> View:

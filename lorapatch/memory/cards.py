@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from lorapatch.errors import UsageError
 from lorapatch.memory.cache import load, store
 from lorapatch.memory.model import Bytes
+from lorapatch.memory.trace import COMPUTE_CAPABILITY
 from lorapatch.run.gpus import Gpus
 
 __all__ = ["CARDS", "Card", "card_called", "card_here", "default_card", "save_calibration"]
@@ -32,6 +33,11 @@ class Card:
     workspace: int
     measured: bool = False
 
+    @property
+    def traced_as(self) -> str:
+        """Its name as the trace has it, for the compute capability."""
+        return next((name for name in COMPUTE_CAPABILITY if name.lower() in _parts(self.name)), self.name)
+
     def overhead(self, *, distributed: bool) -> Bytes:
         """Device memory beside what PyTorch reserves, for one process."""
         expected = self.context + (self.nccl if distributed else 0)
@@ -44,24 +50,24 @@ def _card(name: str, memory: int, context: int, nccl: int, workspace: int, measu
 
 
 # Memory: nvidia-smi's total, MiB. Workspace: aten/src/ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize (32 MiB on compute
-# capability 9, else 8 MiB and a little) and cuBLASLt's. Context and NCCL of the H200: eight training runs under ZeRO-2
-# with torch 2.11 (device less reserved: 2.29 GiB; 1.7 GiB in eight others); the other cards' contexts are rounded from
+# capability 9, else 8 MiB and a little), once for the forward thread and once for autograd's. Context and NCCL of the H200: six training runs under ZeRO-2
+# with torch 2.11 (device less reserved: 2.29 GiB in each; 1.7 GiB in eight older ones); the other cards' contexts are rounded from
 # what users report for an idle PyTorch process with lazy loading (CUDA 12), and were not measured by us.
 CARDS = (
-    _card("H200", 143_771, 560, 1_560, 64, measured=True),
-    _card("H100", 81_559, 560, 1_560, 64),
-    _card("A100 80GB", 81_920, 450, 1_000, 9),
-    _card("A100 40GB", 40_960, 450, 1_000, 9),
-    _card("L40S", 46_068, 430, 900, 9),
-    _card("RTX A6000", 49_140, 350, 800, 9),
-    _card("A10", 23_028, 300, 700, 9),
-    _card("L4", 23_034, 330, 700, 9),
-    _card("RTX 5090", 32_607, 500, 900, 40),
-    _card("RTX 4090", 24_564, 400, 700, 9),
-    _card("RTX 3090", 24_576, 310, 700, 9),
-    _card("T4", 15_360, 180, 500, 9),
-    _card("V100 32GB", 32_768, 310, 700, 9),
-    _card("V100 16GB", 16_384, 310, 700, 9),
+    _card("H200", 143_771, 560, 1_785, 64, measured=True),
+    _card("H100", 81_559, 560, 1_785, 64),
+    _card("A100 80GB", 81_920, 450, 1_000, 17),
+    _card("A100 40GB", 40_960, 450, 1_000, 17),
+    _card("L40S", 46_068, 430, 900, 17),
+    _card("RTX A6000", 49_140, 350, 800, 17),
+    _card("A10", 23_028, 300, 700, 17),
+    _card("L4", 23_034, 330, 700, 17),
+    _card("RTX 5090", 32_607, 500, 900, 17),
+    _card("RTX 4090", 24_564, 400, 700, 17),
+    _card("RTX 3090", 24_576, 310, 700, 17),
+    _card("T4", 15_360, 180, 500, 17),
+    _card("V100 32GB", 32_768, 310, 700, 17),
+    _card("V100 16GB", 16_384, 310, 700, 17),
 )
 _USUAL = "RTX 4090"  # the 24 GB card, where there is none to look at
 

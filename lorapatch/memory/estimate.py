@@ -16,12 +16,13 @@ from lorapatch.lora.choose import choose_launch
 from lorapatch.lora.flags import PatchOptions
 from lorapatch.memory.cache import as_dict, breakdown_dict
 from lorapatch.memory.cards import Card, card_called, default_card
+from lorapatch.memory.history import correction
 from lorapatch.memory.model import Bytes, Estimate, Side, Zero
 from lorapatch.memory.predict import Predictor, largest_micro_batch
 from lorapatch.memory.setup import Described, Wanted, describe
 from lorapatch.memory.versions import versions_of
 
-__all__ = ["METHODS", "compare", "estimate", "estimate_dict", "side_dict"]
+__all__ = ["METHODS", "compare", "estimate", "estimate_dict", "prediction_dict", "side_dict"]
 
 SIDES = ("before", "after")
 METHODS = ("full", "lora", "qlora")
@@ -161,6 +162,17 @@ def side_dict(side: Side) -> dict[str, Any]:
         "breakdown": breakdown_dict(side.breakdown),
         "setup": as_dict(side.setup),
     }
+
+
+def prediction_dict(found: Estimate) -> dict[str, Any]:
+    """What a run's record keeps of the side that is run: bytes with their bounds, the breakdown, and the card.
+
+    ``corrected_by`` is what earlier runs changed of it, so that the history does not learn from its own corrections.
+    """
+    side = found.after or found.before
+    assert side is not None
+    corrected_by = correction(found.gpu, side.breakdown.way)
+    return {"gpu": found.gpu, "micro_batch": side.setup.micro_batch, "corrected_by": corrected_by, **side_dict(side)}
 
 
 def estimate_dict(found: Estimate) -> dict[str, Any]:

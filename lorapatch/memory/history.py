@@ -24,6 +24,7 @@ class Past(NamedTuple):
     way: str
     predicted: int
     measured: int
+    corrected_by: float = 1.0
 
     @property
     def error(self) -> float:
@@ -53,7 +54,8 @@ def _past(folder: str, memory: Mapping[str, Any]) -> Past | None:
     used = [gpu for gpu in memory["gpus"] if gpu["index"] in memory["gpus_of_run"]] or [{}]
     before = max((gpu.get("before_B") or 0 for gpu in used), default=0)  # another process's
     name = str(used[0].get("name") or predicted.get("gpu") or "")
-    return Past(folder, name, str(predicted["breakdown"]["way"]), int(expected), max(int(measured) - before, 1))
+    return Past(folder, name, str(predicted["breakdown"]["way"]), int(expected), max(int(measured) - before, 1),
+                float(predicted.get("corrected_by") or 1))  # fmt: skip
 
 
 def learn(past: Sequence[Past]) -> dict[str, float]:
@@ -67,7 +69,7 @@ def learn(past: Sequence[Past]) -> dict[str, float]:
             name = card_called(run.gpu).name
         except UsageError:
             name = run.gpu
-        groups.setdefault(_key(name, run.way), []).append(run.measured / run.predicted)
+        groups.setdefault(_key(name, run.way), []).append(run.measured * run.corrected_by / run.predicted)
     found = {key: round(_bounded(median(ratios)), 4) for key, ratios in groups.items() if len(ratios) >= ENOUGH}
     store(_FILE, {**load(_FILE), **found})
     return found

@@ -86,8 +86,9 @@ def measure_lengths(
     for pieces, answers, images in rows:
         text = sum(next(counts) for _ in pieces)
         supervised = sum(next(counts) for _ in answers)
-        lengths.append(min(1 + text + images * image_tokens, limit))  # with the token of the beginning
-        labels.append(max(min(supervised, limit - min(images * image_tokens, limit)), 0))
+        uncut = 1 + text + images * image_tokens  # with the token of the beginning
+        lengths.append(min(uncut, limit))
+        labels.append(max(supervised - max(uncut - limit, 0), 0))  # the answer comes last, so it is what is cut
         numbers.append(images)
     every = whole and len(kept) == len(samples)
     ordered = sorted(lengths)

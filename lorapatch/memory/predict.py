@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,12 @@ _TRACED, _COUNTED, _GUESSED = 0.02, 0.12, 0.4
 _RESERVED = {"upstream": (1.05, 1.3, 2.2)}
 _RESERVED_USUALLY = (1.03, 1.12, 1.25)
 _MOST = 4096  # micro-batches above are not looked for
+
+
+def allocator_settings() -> dict[str, str]:
+    """What the environment says to PyTorch's allocator: the replay heeds it."""
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,12 @@ class Predictor:
     def _traced(
         self, described: Described, setup: RunSetup, counted: Breakdown
     ) -> tuple[Breakdown, tuple[str, ...]]:
+        from lorapatch.memory.trace import trace
+
+        python, gpu = described.python, self.card.traced_as
+        told = {**versions_of(python), "gpu": gpu, **allocator_settings()}
         try:
-            from lorapatch.memory.trace.trace import trace  # type: ignore[import-not-found, unused-ignore]
-        except ImportError as error:
-            return counted, (f"no trace ({error}); counted by the closed form",)
-        python = described.python
-        try:
-            found = remembered(setup, versions_of(python), lambda: trace(setup, python=python))
+            found = remembered(setup, told, lambda: trace(setup, python=python, gpu=gpu))
         except LorapatchError as error:
             return counted, (f"the trace failed, so it is counted by the closed form: {error}",)
         return found, ()

@@ -9,6 +9,7 @@ put back by :mod:`cuda`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,13 +22,15 @@ __all__ = ["made_on_meta", "swap"]
 @contextlib.contextmanager
 def made_on_meta(dtype: torch.dtype) -> Iterator[None]:
     """What is built inside has shapes alone, in ``dtype``."""
-    before = torch.get_default_dtype()
+    before, linspace = torch.get_default_dtype(), torch.linspace
     torch.set_default_dtype(dtype)
+    torch.linspace = functools.partial(linspace, device="cpu")  # older ConvNeXts read its values (drop path rates)
     try:
         with torch.device("meta"):
             yield
     finally:
         torch.set_default_dtype(before)
+        torch.linspace = linspace
 
 
 def swap(modules: Iterable[nn.Module], mode: Any) -> list[Tensor]:

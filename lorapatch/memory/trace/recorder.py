@@ -19,6 +19,7 @@ from lorapatch.memory.allocator import EMPTY_CACHE, CachingAllocator
 
 __all__ = ["Record", "Recorder"]
 
+_ANY = {getattr(torch.ops.aten.any, name) for name in torch.ops.aten.any.overloads()}
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
@@ -42,8 +43,9 @@ class Recorder(TorchDispatchMode):
     torch's allocator runs along: a storage counts as large as the block that it gets (max_memory_allocated() adds up
     blocks), and blocks that no other storage fits into stay reserved.
 
-    What is made inside :meth:`host` lies in the CPU's memory and counts there. A question that the data would have to
-    answer (``if mask.all()``) is answered with ``truth``; ``questions`` names the operations that asked.
+    What is made inside :meth:`host` lies in the CPU's memory and counts there. Questions that the data would have to answer
+    are answered as for samples of equal length: ``if mask.all()`` is true, ``if (mask != 1).any()`` is not; ``questions``
+    names what was asked.
     """
 
     def __init__(self, allocator: CachingAllocator | None = None) -> None:
@@ -59,7 +61,7 @@ class Recorder(TorchDispatchMode):
         self.stream = ""
         self.streams: dict[int, str] = {}  # of the storages that another stream allocated
         self.questions: set[str] = set()
-        self.truth = True
+        self._anys: set[int] = set()  # storages that hold an ``any``
         self._known: dict[int, tuple[Any, int]] = {}
         self._on_host = False
         self._scalars_on_host = False
@@ -124,6 +126,7 @@ class Recorder(TorchDispatchMode):
 
         def gone(_: Any) -> None:
             self._known.pop(key, None)
+            self._anys.discard(key)
             self._release(number)
 
         self._known[key] = (weakref.ref(storage, gone), number)
@@ -187,6 +190,8 @@ class Recorder(TorchDispatchMode):
             return self._answer(func, args)
         if isinstance(out, Tensor):
             self.add(out)
+            if func in _ANY:
+                self._anys.add(_storage(out)._cdata)
         elif out is not None:
             for leaf in tree_flatten(out)[0]:
                 if isinstance(leaf, Tensor):
@@ -196,9 +201,10 @@ class Recorder(TorchDispatchMode):
     def _answer(self, func: Any, args: Any) -> Any:
         if func is not _READ:
             raise
-        self.questions.add(str(func))
+        asked_any = _storage(args[0])._cdata in self._anys
+        self.questions.add("any" if asked_any else "all")
         dtype = args[0].dtype
-        return self.truth if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        return not asked_any if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
 def _storage(tensor: Tensor) -> Any:

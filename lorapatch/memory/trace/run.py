@@ -20,7 +20,7 @@ from lorapatch.memory.trace.cuda import autocast, cublas_workspace, cuda_kernels
 from lorapatch.memory.trace.engines.plain import PlainEngine
 from lorapatch.memory.trace.engines.zero import ZeroEngine
 from lorapatch.memory.trace.fake import swap
-from lorapatch.memory.trace.recorder import Recorder
+from lorapatch.memory.trace.recorder import Record, Recorder
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 
 __all__ = ["measure", "trace_subject"]
@@ -39,7 +39,7 @@ def measure(setup: RunSetup, architecture: int) -> Breakdown:
     at = recorder.records[recorder.events[recorder.peak_event][1]]
     categories = dict.fromkeys(CATEGORIES, 0)
     for record in peak:
-        categories[record.category] += record.nbytes
+        categories[_category(record, subject)] += record.nbytes
     biggest = sorted(peak, key=lambda record: -record.nbytes)[:BIGGEST]
     assumed = [*subject.assumed]
     if recorder.questions:
@@ -68,6 +68,12 @@ def measure(setup: RunSetup, architecture: int) -> Breakdown:
     )
 
 
+def _category(record: Record, subject: Subject) -> str:
+    """Activations as wide as the vocabulary are logits (their gradients, too)."""
+    wide = bool(record.shape) and record.shape[-1] == subject.vocabulary and record.dtype.is_floating_point
+    return "logits" if wide and record.category == "activations" else record.category
+
+
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -80,6 +86,10 @@ def _subject(setup: RunSetup) -> Subject:
         from lorapatch.memory.trace.subjects import embedded
 
         return embedded.build(setup)
+    if setup.trainer == "upstream":
+        from lorapatch.memory.trace.subjects import upstream
+
+        return upstream.build(setup)
     from lorapatch.memory.trace.subjects import plain
 
     return plain.build(setup)
@@ -131,8 +141,7 @@ def _train(subject: Subject, setup: RunSetup, engine: Any, recorder: Recorder, w
         for number in range(micro_batches):
             batch = held[number] if held else _inputs(subject, recorder)
             recorder.phase = "forward"
-            with autocast(low):
-                loss = subject.loss(subject.model, batch)
+            loss = _loss(subject, batch, low)
             del batch
             recorder.phase = "backward"
             engine.backward(loss, boundary=number == micro_batches - 1)
@@ -140,6 +149,20 @@ def _train(subject: Subject, setup: RunSetup, engine: Any, recorder: Recorder, w
         recorder.phase = "step"
         engine.step()
         del held
+
+
+def _loss(subject: Subject, batch: dict[str, Tensor], low: torch.dtype | None) -> Tensor:
+    with autocast(low):
+        outputs = subject.forward(subject.model, batch)
+    if low is not None:  # accelerate's convert_outputs_to_fp32, around the whole forward pass
+        outputs = {name: _wide(value) for name, value in outputs.items()}
+    loss: Tensor = outputs["loss"]
+    return loss
+
+
+def _wide(value: Any) -> Any:
+    low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if low else value
 
 
 def _inputs(subject: Subject, recorder: Recorder) -> dict[str, Tensor]:

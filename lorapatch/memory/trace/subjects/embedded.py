@@ -3,7 +3,6 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,30 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CLIPVisionModel, ConvNextConfig
+from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from lorapatch.errors import Refused
 from lorapatch.memory.model import RunSetup
 from lorapatch.memory.trace import quantised
 from lorapatch.memory.trace.fake import made_on_meta
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
+from lorapatch.memory.trace.subjects.towers import SELECT_LAYER, aux_config
 from lorapatch.trainer.counting import count_parameters
 from lorapatch.trainer.lora import add_lora
 from lorapatch.trainer.model import BRIDGE, CAUSAL_SDPA, mgm_config
 from lorapatch.trainer.towers import ClipTower, ConvNextTower, image_statistics
 
-__all__ = ["aux_config", "build"]
-
-SELECT_LAYER = -2  # MGM's --mm_vision_select_layer
-# timm's ConvNeXt trunks: depths and widths by the name that open_clip_config.json has for them.
-_TRUNKS = {
-    "convnext_tiny": ([3, 3, 9, 3], [96, 192, 384, 768]),
-    "convnext_small": ([3, 3, 27, 3], [96, 192, 384, 768]),
-    "convnext_base": ([3, 3, 27, 3], [128, 256, 512, 1024]),
-    "convnext_large": ([3, 3, 27, 3], [192, 384, 768, 1536]),
-    "convnext_xlarge": ([3, 3, 27, 3], [256, 512, 1024, 2048]),
-    "convnext_xxlarge": ([3, 4, 30, 3], [384, 768, 1536, 3072]),
-}
+__all__ = ["build"]
 
 
 def build(setup: RunSetup) -> Subject:
@@ -75,7 +64,7 @@ def build(setup: RunSetup) -> Subject:
         towers=model.towers,
         tensors=[(model, "pixel_scale")],
         make_batch=lambda: _batch(setup, model),
-        loss=lambda module, batch: module(**batch)["loss"],
+        forward=lambda module, batch: module(**batch),
         vocabulary=int(config.vocab_size),
         total=counts.total,
         trainable=counts.trainable,
@@ -97,22 +86,6 @@ def _attach_towers(model: Any, setup: RunSetup) -> None:
     model.attach_towers(clip, aux, mean, std)
     if aux is not None and setup.image_size_aux % (4 * clip.grid):
         raise Refused(f"--image_size_aux {setup.image_size_aux}: it has to be a multiple of {4 * clip.grid}")
-
-
-def aux_config(folder: Path) -> ConvNextConfig:
-    """The aux tower's shape, from its weights' sizes or, where they are not there, from the name in its configuration."""
-    try:
-        return ConvNextTower.read_config(folder)
-    except Exception:
-        written = Path(folder) / "open_clip_config.json"
-        try:
-            name = json.loads(written.read_text(encoding="utf-8"))["model_cfg"]["vision_cfg"]["timm_model_name"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise
-        if name not in _TRUNKS:
-            raise
-        depths, widths = _TRUNKS[name]
-        return ConvNextConfig(depths=depths, hidden_sizes=widths, layer_scale_init_value=1e-6)
 
 
 @contextmanager

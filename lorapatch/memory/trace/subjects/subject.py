@@ -1,4 +1,4 @@
-"""A model on the meta device with what a trainer does to it: the batch it gets and the loss it gives."""
+"""A model on the meta device with what a trainer does to it: the batch it gets, its forward pass."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class Subject:
-    """``make_batch`` and ``loss`` run under the trace; ``model`` is what the engine gets, ``towers`` stand beside it."""
+    """``make_batch`` and ``forward`` (which gives an output with a ``loss``) run under the trace; ``model`` is what the engine gets, ``towers`` stand beside it."""
 
     model: nn.Module
     make_batch: Callable[[], dict[str, Tensor]]
-    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    forward: Callable[[nn.Module, dict[str, Tensor]], Any]
     vocabulary: int
     total: int
     trainable: int
