@@ -11,8 +11,8 @@ from lorapatch.tune.trial import Goal, Predict, Prediction, Trial
 
 __all__ = ["Fitting", "gib", "speed_score"]
 
-# A prediction has to leave this share of the budget free.
-_MARGIN = 0.02
+# A prediction has to leave this share of the budget free; host memory wavers more.
+_MARGIN, _HOST_MARGIN = 0.02, 0.05
 _STEEPEST = 3.0
 _NEARLY = 0.9  # below this share of what is expected a budget is hopeless
 # Seconds of a sample: the forward and backward pass (a third more with checkpoints), and a part that every micro-batch
@@ -92,7 +92,8 @@ class Fitting:
         if runs:
             return all(trial.fits for trial in runs)
         size = self.expected(configuration)
-        return size is not None and size * (1 + _MARGIN) <= self.goal.budget_B and not self.barred(configuration)
+        margin = _HOST_MARGIN if self.space.host else _MARGIN
+        return size is not None and size * (1 + margin) <= self.goal.budget_B and not self.barred(configuration)
 
     def confirmed(self, configuration: Configuration) -> bool:
         """`fits` once more, by a trace where the closed form's bounds leave it open and nothing was measured yet."""

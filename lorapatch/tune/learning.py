@@ -86,6 +86,9 @@ def _state(
     level = max(abs(first), 1e-12)
     if (low > 0 and change > max(noise, _WORTH * level)) or last > 2 * first and last > first + 1:
         return "diverging", f"the loss rises: {figures}"
+    jump = next((step for step in range(1, len(losses)) if losses[step] > 2 * max(losses[:step])), None)
+    if jump is not None and last > max(losses[:jump]):
+        return "spiking", f"the loss jumps to {losses[jump]:.4g} at step {jump + 1} and has not come back: {figures}"
     peak = max(range(len(rest)), key=lambda step: rest[step])
     # A spike stands above everything that came before it: the fall of a good start is no spike.
     if rest[peak] > max(_SPIKE * noise, 0.5 * level) and losses[peak] > 1.5 * max(losses[:peak] or [math.inf]):

@@ -26,7 +26,8 @@ FRACTION = "LORAPATCH_MEMORY_FRACTION"
 # CUDA context, cuBLAS, NCCL, where no prediction says: seen between 0.5 and 2.3 GiB; and how far off a prediction may be.
 _OUTSIDE = 1 << 30
 _SPREAD = 3 << 28
-# A probe needs no more micro-steps than it takes for gradients to be added to others.
+# On a GPU a probe needs no more micro-steps than it takes for gradients to be added to others; host memory goes on growing
+# with the samples that went through it, so there a probe has the whole batch.
 _PROBE_ACCUMULATION = 2
 
 RunTrial = Callable[[int, Decision, Prediction | None, float | None], Trial]
@@ -50,13 +51,15 @@ class Runner:
         assert configuration is not None
         script, launch = self.tuned.with_configuration(configuration)
         probe = decision.purpose == "probe"
-        accumulation = min(configuration.accumulation, _PROBE_ACCUMULATION) if probe else configuration.accumulation
+        accumulation = configuration.accumulation
+        if probe and self.gpu:
+            accumulation = min(accumulation, _PROBE_ACCUMULATION)
         stage = StageRun(
             "probe" if probe else "tune",
             "probe",
             max_steps=decision.steps,
             save_steps=decision.steps,
-            flags={"gradient_accumulation_steps": str(accumulation)} if probe else {},
+            flags={"gradient_accumulation_steps": str(accumulation)} if accumulation != configuration.accumulation else {},
             environment=self._limit(predicted),
         )
         options = replace(

@@ -49,6 +49,13 @@ def test_a_jump_is_a_spike_and_says_where() -> None:
     assert found.state == "spiking" and "9 at step 13" in found.sentence
 
 
+def test_a_jump_that_does_not_come_back_is_told_from_a_flat_loss() -> None:
+    # A model that was trained already, at a learning rate ten times too high.
+    losses = [0.6389, 0.7322, 5.15, 2.725, 3.43, 1.867, 1.335, 1.531, 0.8572, 1.136, 0.9399, 0.8977]
+    found = judge(losses)
+    assert found.state == "spiking" and "5.15 at step 3 and has not come back" in found.sentence
+
+
 def test_a_rising_loss_diverges() -> None:
     assert judge(curve(20, -0.1, 0.05)).state == "diverging"
     assert judge([2.5, 2.4, 3.0, 7.0, 12.0]).state == "diverging"
