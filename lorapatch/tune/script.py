@@ -210,16 +210,18 @@ def _name_edit(word: Any, value: str) -> Edit | None:
 
 
 def _only(before: Script, after: Script, number: int, name: str, value: str) -> bool:
-    """Whether the flag has its value now, and no other launch and no flag but batch sizes has changed."""
+    """Whether the flag has its value now, and no other training and no flag but batch sizes has changed.
+
+    A command that checks the batch size is given the new one: that is what the variable is for.
+    """
     flag = after.launches[number - 1].flag(name)
     if flag is None or flag.value != value:
         return False
     for old, new in zip(before.launches, after.launches):
-        mine = old.number == number
-        for one, other in zip(old.words, new.words):
-            if one.value != other.value and not mine:
+        if old.number == number:
+            if _flags(old, name) != _flags(new, name):
                 return False
-        if mine and _flags(old, name) != _flags(new, name):
+        elif old.stage.training and [word.value for word in old.words] != [word.value for word in new.words]:
             return False
     return True
 
