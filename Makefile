@@ -13,7 +13,7 @@ SCRIPT ?= $(DEFAULT)
 SMOKE_OPTIONS ?=
 BUDGET ?= 24GiB
 TUNE_OPTIONS ?=
-RUFF := --line-length 128 --select E,F,W,I,B,UP --ignore B905
+RUFF := --target-version py310 --line-length 128 --select E,F,W,I,B,UP --ignore B905
 export PATH := $(abspath $(BIN)):$(PATH)
 export DS_BUILD_OPS := 0
 

@@ -125,6 +125,8 @@ def compare(options: argparse.Namespace, adapter: Path, merged: Path, samples: l
         environment = upstream.environment(options, upstream.Run(trainer, 1, 1))
         print(f"{side}: {shell(words, environment, options.work / 'logs' / f'{side}.log'):.1f} s")
     theirs, ours = (torch.load(files[side], weights_only=True) for side in ("theirs", "ours"))
+    known = theirs["logits"].shape[1]  # upstream's loader cuts the vocabulary to the tokenizer's
+    ours |= {dtype: ours[dtype][:, :known] for dtype in ("float32", "bfloat16")}
     print(f"upstream loads it as {theirs['class']} in {theirs['load_s']:.1f} s")
     apart = difference(ours["float32"], theirs["logits"])
     rounding = difference(ours["float32"], ours["bfloat16"])

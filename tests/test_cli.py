@@ -212,6 +212,17 @@ def test_patching_needs_none_of_the_training_libraries(script: Path) -> None:
     assert ran.returncode == 0 and "patched the finetune launch" in ran.stdout, ran.stderr
 
 
+def test_a_command_that_needs_more_says_what_to_install(script: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'numpy', 'PIL'): sys.modules[name] = None\n"
+        "from lorapatch.cli import main\nmain(['demo', 'toolkit'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 3 and len(ran.stderr.splitlines()) == 1, ran.stderr
+    assert 'is not installed, and demo needs it: pip install "lorapatch[train]"' in ran.stderr
+
+
 def test_a_closed_pipe_ends_quietly(script: Path) -> None:
     script.write_text("".join(f"deepspeed train.py --a{i} {i}\n" for i in range(3000)))
     ran = subprocess.run(
@@ -238,6 +249,15 @@ def test_check_knows_its_rules(script: Path) -> None:
     result = run("check", "train.sh", "--select", "LP999")
     assert result.exit_code == 2 and "there is no rule LP999" in result.stderr
     assert run("check").exit_code == 2
+
+
+def test_check_asks_the_gpus_of_this_machine_for_bf16(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script.write_text("deepspeed train.py --learning_rate 1e-4 --bf16 True\n")
+    assert run("check", "train.sh", "--select", "LP406").exit_code == 0
+    monkeypatch.setattr("lorapatch.run.gpus.Gpus.__len__", lambda gpus: 1)
+    monkeypatch.setattr("lorapatch.run.gpus.Gpus.supports_bf16", lambda gpus, index: False)
+    result = run("check", "train.sh", "--select", "LP406")
+    assert result.exit_code == 1 and "train.sh:1: error LP406 [no-bf16] --bf16 True, but" in result.stdout
 
 
 def test_doctor_speaks_of_the_interpreter_that_a_script_names(script: Path) -> None:
@@ -267,3 +287,22 @@ def test_verify_and_merge_refuse_what_is_no_adapter(script: Path) -> None:
         assert result.exit_code in (1, 3) and len((result.stderr + result.stdout).splitlines()) >= 1
         assert "Traceback" not in result.output
     assert not Path("out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("output", "said", "code"), [(">/dev/full", "standard output: No space left on device", 3), (">&-", "", 0)]
+)
+def test_an_output_that_takes_nothing_ends_with_a_sentence(script: Path, output: str, said: str, code: int) -> None:
+    for command in ("inspect", "inspect --json", "patch --diff"):
+        ran = subprocess.run(
+            f"{sys.executable} -m lorapatch.cli {command} train.sh {output}", shell=True, capture_output=True, text=True
+        )
+        errors = [line for line in ran.stderr.splitlines() if "note:" not in line]
+        assert (ran.returncode, errors) == (code, [f"lorapatch: {said}"] if said else [])
+
+
+def test_a_trainer_root_that_is_no_folder_is_wrong_usage(script: Path) -> None:
+    for command in ("patch", "check"):
+        result = run(command, "train.sh", "--trainer-root", "nowhere")
+        assert result.exit_code == 2 and "'nowhere' does not exist" in result.stderr

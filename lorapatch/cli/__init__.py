@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -38,17 +39,30 @@ _MODULE_OF = {
 
 
 class _Commands(click.Group):
-    """Our errors become one sentence and their exit code; a closed pipe ends quietly."""
+    """Our errors become one sentence and their exit code; a closed pipe ends quietly, as does a closed output."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if sys.stdout is None:  # started with >&-
+            sys.stdout = open(os.devnull, "w")
         try:
             return super().invoke(ctx)
         except LorapatchError as error:
             fail(str(error))
             ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("lorapatch"):
+                raise
+            fail(f'{error.name} is not installed, and {ctx.invoked_subcommand} needs it: pip install "lorapatch[train]"')
+            ctx.exit(3)
         except BrokenPipeError:
             sys.stderr.close()
             ctx.exit(0)
+        except OSError as error:  # of the output, as a rule: what touches a script says more
+            gone = error.filename is None and isinstance(error, FileNotFoundError)
+            what = "the current folder" if gone else error.filename or "standard output"
+            fail(f"{what}: {error.strerror or error}")
+            sys.stdout = open(os.devnull, "w")  # no second attempt at the end
+            ctx.exit(3)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_MODULE_OF)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from lorapatch.cli.shared import SCRIPT
+from lorapatch.cli.shared import ROOT, SCRIPT
 
 __all__ = ["check", "doctor"]
 
@@ -17,7 +17,7 @@ __all__ = ["check", "doctor"]
 @click.argument("scripts", nargs=-1, type=SCRIPT, metavar="SCRIPT...")
 @click.option("--select", multiple=True, metavar="ID", help="Only these rules (ids or their beginnings).")
 @click.option("--ignore", multiple=True, metavar="ID", help="Not these rules.")
-@click.option("--trainer-root", type=SCRIPT, help="The folder that the trainer's path or imports start from.")
+@click.option("--trainer-root", type=ROOT, help="The folder that the trainer's path or imports start from.")
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
 @click.option("--format", "style", type=click.Choice(["text", "json", "github", "sarif"]), default="text")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
@@ -41,13 +41,24 @@ def check(
     if not scripts:
         raise click.UsageError("Missing argument 'SCRIPT...'.")
     roots = () if trainer_root is None else (trainer_root,)
-    found = lint.check_scripts(scripts, lint.CheckOptions(select=select, ignore=ignore, roots=roots))
+    options = lint.CheckOptions(select=select, ignore=ignore, roots=roots, bf16=_gpus_have_bf16())
+    found = lint.check_scripts(scripts, options)
     formats = {"json": lint.as_json, "github": lint.as_github, "sarif": lint.as_sarif}
     formatted = formats.get("json" if as_json else style)
     text = lint.as_text(found, len(scripts)) if formatted is None else formatted(found)
     if text:
         click.echo(text)
     sys.exit(lint.exit_code(found, strict=strict))
+
+
+def _gpus_have_bf16() -> bool | None:
+    """Whether every GPU of this machine does; None where none can be asked."""
+    from lorapatch.run.gpus import Gpus
+
+    gpus = Gpus()
+    answers = [gpus.supports_bf16(index) for index in range(len(gpus))]
+    gpus.close()
+    return all(answer is not False for answer in answers) if answers else None
 
 
 @click.command()

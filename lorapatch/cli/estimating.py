@@ -12,7 +12,7 @@ import click
 
 import lorapatch
 from lorapatch.cli.patching import patch_options, patch_settings
-from lorapatch.cli.shared import SCRIPT, Size
+from lorapatch.cli.shared import ROOT, SCRIPT, Size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["estimate"]
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 class _Names(click.ParamType[list[str]]):
@@ -61,7 +61,7 @@ class _Numbers(click.ParamType[list[int]]):
 @click.option("--seq", type=int, help="Tokens of the longest sample; without it the data file tells.")
 @click.option("--images", type=int, help="Images of a sample.")
 @click.option("--trainer", type=click.Choice(["embedded", "upstream", "transformers"]), help="What the trainer is.")
-@click.option("--trainer-root", type=SCRIPT, help="The folder that the trainer's path or imports start from.")
+@click.option("--trainer-root", type=ROOT, help="The folder that the trainer's path or imports start from.")
 @click.option("--compare", type=_Names(), metavar="full,lora,qlora", help="A grid of these methods.")
 @click.option("--zero", type=_Numbers(), metavar="0,2,3", help="ZeRO stages of the grid; 0 is none.")
 @click.option("--batch", type=_Numbers(), metavar="1,4,16", help="Micro-batches of the grid.")
@@ -104,12 +104,17 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size else "–"
+def _gib(size: float, unit: int = GIB) -> str:
+    return f"{size / unit:.2f}" if size else "–"
 
 
-def _bounds(bounds: Bytes) -> str:
-    return f"{_gib(bounds.expected)} ({_gib(bounds.low)} to {_gib(bounds.high)})"
+def _bounds(bounds: Bytes, unit: int = GIB) -> str:
+    return f"{_gib(bounds.expected, unit)} ({_gib(bounds.low, unit)} to {_gib(bounds.high, unit)})"
+
+
+def _unit(sides: Iterable[Side]) -> tuple[int, str]:
+    """GiB, or MiB for a model that is a toy."""
+    return (GIB, "GiB") if max(side.allocated.expected for side in sides) >= GIB // 2 else (MIB, "MiB")
 
 
 def _count(parameters: int) -> str:
@@ -124,26 +129,26 @@ def _print(found: Estimate, budget: int | None) -> None:
 
     sides = [(name, side) for name, side in (("before", found.before), ("after", found.after)) if side]
     console = _console()
+    unit, unit_name = _unit(side for _, side in sides)
     ways = ", ".join(dict.fromkeys(side.breakdown.way for _, side in sides))
-    console.print(
-        f"{escape(str(found.script))}: the launch on line {found.line}, memory of one {escape(found.gpu)} in GiB ({ways})\n"
-    )
+    what = f"the launch on line {found.line}, memory of one {found.gpu} in {unit_name} ({ways})"
+    console.print(f"{escape(f'{found.script}: {what}')}\n")
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     table.add_column("")
     for name, side in sides:
         table.add_column(f"{name}: {_method(side)}", justify="right", no_wrap=True)
     for category in CATEGORIES:
-        table.add_row(category.replace("_", " "), *(_gib(side.breakdown.categories.get(category, 0)) for _, side in sides))
+        table.add_row(category.replace("_", " "), *(_gib(s.breakdown.categories.get(category, 0), unit) for _, s in sides))
     for name in ("allocated", "reserved", "device"):
         style = "bold" if name == "device" else ""
-        table.add_row(_TOTALS[name], *(_bounds(getattr(side, name)) for _, side in sides), style=style)
-    if any(side.breakdown.host > GIB // 100 for _, side in sides):
-        table.add_row("host memory, offloaded", *(_gib(side.breakdown.host) for _, side in sides))
+        table.add_row(_TOTALS[name], *(_bounds(getattr(side, name), unit) for _, side in sides), style=style)
+    if any(side.breakdown.host > unit // 100 for _, side in sides):
+        table.add_row("host memory, offloaded", *(_gib(side.breakdown.host, unit) for _, side in sides))
     for label, row in _facts(sides):
         table.add_row(label, *(escape(cell) for cell in row))
     table.add_row(*_fits(found, sides, budget))
     console.print(table)
-    _print_biggest(console, sides)
+    _print_biggest(console, sides, unit)
     for title, lines in (("assumed", _union(found.notes, (side.breakdown.assumed for _, side in sides))),
                          ("not modelled", _union((), (side.breakdown.not_modelled for _, side in sides)))):  # fmt: skip
         for line in lines:
@@ -195,7 +200,7 @@ def _fits(found: Estimate, sides: Sequence[tuple[str, Side]], budget: int | None
     return [f"fits {found.budget / GIB:.4g} GiB" + ("" if budget else f" ({found.gpu})"), *cells]
 
 
-def _print_biggest(console: Console, sides: Sequence[tuple[str, Side]]) -> None:
+def _print_biggest(console: Console, sides: Sequence[tuple[str, Side]], unit: int) -> None:
     from rich.markup import escape
 
     for name, side in sides:
@@ -203,7 +208,8 @@ def _print_biggest(console: Console, sides: Sequence[tuple[str, Side]]) -> None:
             console.print(f"\nbiggest tensors {name}:")
         for tensor in side.breakdown.biggest:
             shape = " × ".join(f"{edge:,}" for edge in tensor.shape)
-            console.print(f"    {_gib(tensor.nbytes):>6}  {tensor.dtype} {shape}  {escape(_operation(tensor.operation))}, {tensor.phase}")
+            made = f"{_operation(tensor.operation)}, {tensor.phase}"
+            console.print(f"    {_gib(tensor.nbytes, unit):>6}  {tensor.dtype} {shape}  {escape(made)}")
     console.print()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import lorapatch
-from lorapatch.cli.shared import SCRIPT, fail, pairs
+from lorapatch.cli.shared import ROOT, SCRIPT, fail, pairs
 from lorapatch.errors import LorapatchError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def patch_settings(settings: tuple[str, ...], **values: Any) -> PatchOptions:
     default="auto",
     help="auto reads the trainer's Python and sets the flags that it takes; flags sets the usual ones unread.",
 )
-@click.option("--trainer-root", type=SCRIPT, help="The folder that the trainer's path or imports start from.")
+@click.option("--trainer-root", type=ROOT, help="The folder that the trainer's path or imports start from.")
 @click.option("--with-merge", is_flag=True, help="Merge the adapter behind the launch, for the stages below it.")
 @click.option("--diff", is_flag=True, help="Show the change, write nothing.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if something would change.")

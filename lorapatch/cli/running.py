@@ -205,7 +205,10 @@ def _print_nodes(script: Path, options: RunOptions, patch: PatchOptions | None) 
 
 
 def _report(report: Report) -> None:
-    """The verdict, line by line with its evidence, and where everything is."""
+    """The verdict, line by line with its evidence, and where everything is; estimates learn from what was measured."""
+    from lorapatch.memory.history import learn, read_history
+
+    learn(read_history(report.folder.parent))
     colours = {"pass": "green", "fail": "red"}
     click.echo("")
     for line in report.verdict.lines:

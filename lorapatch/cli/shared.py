@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-__all__ = ["SCRIPT", "Size", "fail", "pairs"]
+__all__ = ["ROOT", "SCRIPT", "Size", "fail", "pairs"]
 
 SCRIPT = click.Path(path_type=Path)
+ROOT = click.Path(path_type=Path, exists=True, file_okay=False)
 UNITS = {
     "": 1,
     "KiB": 2**10,

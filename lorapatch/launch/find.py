@@ -181,7 +181,10 @@ class _Finder:
                 continue
             self._skipped += inner.skipped
             for inside in parse_words(inner.text) or ():
-                word = self._word(inner.text[slice(*inside)], inner.span(inside), inner.where, site.use)
+                written = inner.text[slice(*inside)]
+                word = self._word(written, inner.span(inside), inner.where, site.use)
+                if word.value is None and (nested := variable_in(written)) is not None:
+                    self._skip_conditional(nested[0])
                 items.append(_Item(word, top, (*text.path(span), own, *inner.paths[inside[1] - 1])))
         return items
 

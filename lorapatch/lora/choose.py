@@ -46,15 +46,21 @@ def _why_no_launch(script: Script) -> str:
     for start, end in script.outline.errors:
         if re.search(rb"deepspeed|torchrun|accelerate", script.source[start:end]):
             return f"line {script.line(start)}: cannot be read here; write this command more simply"
+    if called := _called_scripts(script):
+        which = "that script" if len(called) == 1 else "the one that trains"
+        return f"no launch was found, but other scripts are run ({_shortened(called, ', ')}); patch {which}"
+    return "no launch was found: no deepspeed, torchrun, accelerate launch or python command that runs a trainer"
+
+
+def _called_scripts(script: Script) -> list[str]:
+    """The scripts that this one runs, each with its line."""
+    found = []
     for command in script.outline.commands:
         words = [script.source[slice(*span)].decode("utf-8", "replace") for span in command.words]
         called = [word for word in words[:3] if word.strip("\"'").endswith(".sh")]
-        if called and words[0].rsplit("/", 1)[-1] in ("bash", "sh", "source", ".", "sbatch", called[0]):
-            return (
-                f"line {script.line(command.start)}: no launch was found here, but {called[0]} is run; if the"
-                " training is in there, patch that script"
-            )
-    return "no launch was found: no deepspeed, torchrun, accelerate launch or python command that runs a trainer"
+        if called and words[0].rsplit("/", 1)[-1] in ("bash", "sh", "source", ".", "sbatch", called[0].rsplit("/", 1)[-1]):
+            found.append(f"line {script.line(command.start)}: {called[0]}")
+    return found
 
 
 def _named_launch(script: Script, stage: str) -> Launch:
@@ -71,8 +77,15 @@ def _named_launch(script: Script, stage: str) -> Launch:
 
 
 def _listed(launches: Sequence[Launch]) -> str:
-    return "; ".join(
+    each = [
         f"{launch.number}: line {launch.line}, {launch.launcher} {launch.trainer.name.rsplit('/', 1)[-1]},"
         f" {launch.stage.name or 'stage unknown'}"
         for launch in launches
-    )
+    ]
+    return _shortened(each, "; ")
+
+
+def _shortened(items: Sequence[str], separator: str) -> str:
+    """The first eight; a sweep has dozens."""
+    more = f"{separator}and {len(items) - 8} more" if len(items) > 8 else ""
+    return separator.join(items[:8]) + more

@@ -22,7 +22,7 @@ _LORA = ("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lo
 
 def trainer_support(script: Script, launch: Launch, roots: Sequence[Path] = ()) -> TrainerSupport | None:
     """What the trainer of ``launch`` takes, read from its Python; None if its file is not found."""
-    from lorapatch.lora.support.find_trainer import find_trainer
+    from lorapatch.lora.support.trainer_file import find_trainer
 
     if script.path is None:
         return None

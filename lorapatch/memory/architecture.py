@@ -76,6 +76,14 @@ class Language:
         layer = sum(linear.parameters for linear in self.linears) + self.layer_rest
         return self.embedding + self.head + self.layers * layer + self.rest
 
+    @property
+    def peft_targets(self) -> str:
+        """What PEFT takes when nobody names modules (peft/utils/constants.py): as a rule queries and values."""
+        names = [linear.name for linear in self.linears]
+        usual = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}.get(self.kind, ("q_proj", "v_proj"))
+        found = [name for name in usual if name in names] or names[:1]
+        return ",".join(found)
+
     def targets(self, wanted: str) -> tuple[Linear, ...]:
         """The linear layers that ``target_modules`` names: leaf names, all-linear, or a regular expression on paths."""
         if wanted in ("", "all-linear"):

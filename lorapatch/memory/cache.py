@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def _content(path: Path) -> str | None:
         return None
 
 
+@lru_cache(maxsize=1)
 def _code() -> list[tuple[str, int]]:
     """The sources of what estimates, by size: a newer estimate does not answer from an older one's cache."""
     return [(str(p.relative_to(_HERE)), p.stat().st_size) for p in sorted(_HERE.rglob("*.py"))]

@@ -36,7 +36,7 @@ class Card:
     @property
     def traced_as(self) -> str:
         """Its name as the trace has it, for the compute capability."""
-        return next((name for name in COMPUTE_CAPABILITY if name.lower() in _parts(self.name)), self.name)
+        return next((name for name in COMPUTE_CAPABILITY if name.lower() in _words(self.name)), self.name)
 
     def overhead(self, *, distributed: bool) -> Bytes:
         """Device memory beside what PyTorch reserves, for one process."""
@@ -50,9 +50,10 @@ def _card(name: str, memory: int, context: int, nccl: int, workspace: int, measu
 
 
 # Memory: nvidia-smi's total, MiB. Workspace: aten/src/ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize (32 MiB on compute
-# capability 9, else 8 MiB and a little), once for the forward thread and once for autograd's. Context and NCCL of the H200: six training runs under ZeRO-2
-# with torch 2.11 (device less reserved: 2.29 GiB in each; 1.7 GiB in eight older ones); the other cards' contexts are rounded from
-# what users report for an idle PyTorch process with lazy loading (CUDA 12), and were not measured by us.
+# capability 9, else 8 MiB and a little), once for the forward thread and once for autograd's. Context and NCCL of the
+# H200: six training runs under ZeRO-2 with torch 2.11 (device less reserved: 2.29 GiB in each; 1.7 GiB in eight older
+# ones); the other cards' contexts are rounded from what users report for an idle PyTorch process with lazy loading
+# (CUDA 12), and were not measured by us.
 CARDS = (
     _card("H200", 143_771, 560, 1_785, 64, measured=True),
     _card("H100", 81_559, 560, 1_785, 64),
@@ -73,17 +74,16 @@ _USUAL = "RTX 4090"  # the 24 GB card, where there is none to look at
 
 
 def card_called(name: str, torch: str | None = None) -> Card:
-    """The card whose name is (a part of) ``name``, with what was measured of it under that ``torch``.
+    """The card that ``name`` (as nvidia-smi or people write it) means, with what was measured of it under that ``torch``.
 
     Raises UsageError for a card that is not in the table.
     """
-    wanted = _letters(name)
-    found = [card for card in CARDS if _letters(card.name) in wanted]
-    found = found or [card for card in CARDS if wanted and wanted in _letters(card.name)]
-    found = found or [card for card in CARDS if set(_parts(card.name)) <= set(_parts(name))]
+    words = _words(name)
+    found = [card for card in CARDS if _words(card.name)[0] in words]
     if not found:
         raise UsageError(f"there is no card {name} in the table; choose one of {', '.join(card.name for card in CARDS)}")
-    return _calibrated(max(found, key=lambda card: len(card.name)) if _letters(found[0].name) in wanted else found[0], torch)
+    exact = [card for card in found if set(_words(card.name)) <= set(words)]
+    return _calibrated((exact or found)[0], torch)
 
 
 def card_here(torch: str | None = None) -> Card | None:
@@ -110,12 +110,10 @@ def default_card(torch: str | None = None) -> tuple[Card, str | None]:
     return card_called(_USUAL, torch), f"no GPU is here; device memory is meant for a {_USUAL} (say --gpu)"
 
 
-def _letters(name: str) -> str:
-    return "".join(_parts(name))
-
-
-def _parts(name: str) -> list[str]:
-    return [part for part in re.findall(r"[a-z0-9]+", name.lower()) if part not in ("nvidia", "geforce", "tesla", "rtx")]
+def _words(name: str) -> list[str]:
+    """``NVIDIA GeForce RTX 4090`` and ``rtx4090`` as ["4090"]; ``A100-SXM4-80GB`` as ["a100", "sxm4", "80gb"]."""
+    words = [word.removeprefix("rtx") for word in re.findall(r"[a-z0-9]+", name.lower())]
+    return [word for word in words if word and word not in ("nvidia", "geforce", "tesla")] or [name.lower()]
 
 
 def _calibrated(card: Card, torch: str | None) -> Card:
@@ -133,4 +131,4 @@ def save_calibration(card: Card, torch: str, **measured_B: int | None) -> None:
 
 
 def _key(name: str, torch: str | None) -> str:
-    return f"{_letters(name)} torch {(torch or '').partition('+')[0]}"
+    return f"{' '.join(_words(name))} torch {(torch or '').partition('+')[0]}"

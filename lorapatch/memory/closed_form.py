@@ -39,7 +39,7 @@ def closed_form(setup: RunSetup, workspace: int = 0) -> Breakdown:
         way="closed form",
         categories=categories,
         allocated=sum(categories.values()),
-        phases={"load": round(sum(states.held.values())), **by_when},
+        phases=by_when,
         phase=when,
         operation=operation,
         biggest=_biggest(setup, parts, states),
@@ -53,6 +53,7 @@ def closed_form(setup: RunSetup, workspace: int = 0) -> Breakdown:
 
 
 _WHERE = {
+    "load": ("load", "ZeRO's flat copy of the weights that learn"),
     "see": ("forward", "the vision towers"),
     "loss": ("backward", "the loss over the vocabulary"),
     "layer": ("backward", "a decoder layer"),
@@ -186,7 +187,9 @@ def _phases(setup: RunSetup, parts: Parts, states: _States) -> dict[str, dict[st
         layer -= saved_by_layer(setup, parts) * tokens
     see, mining = seeing(setup, parts)
     whole = {"gradients": states.gradient, "buffers": states.bucket + scratch}
+    flattening = setup.zero is not None and setup.zero.stage in (1, 2)
     found = {
+        "load": {"buffers": e * parts.trainable if flattening else 0.0},
         "loss": {"gradients": kept, "activations": activations, "logits": logits_bytes(setup, parts), "buffers": scratch},
         "layer": {**whole, "activations": activations + layer},
         "step": {"gradients": states.gradient, "buffers": states.step},

@@ -71,7 +71,8 @@ def learn(past: Sequence[Past]) -> dict[str, float]:
             name = run.gpu
         groups.setdefault(_key(name, run.way), []).append(run.measured * run.corrected_by / run.predicted)
     found = {key: round(_bounded(median(ratios)), 4) for key, ratios in groups.items() if len(ratios) >= ENOUGH}
-    store(_FILE, {**load(_FILE), **found})
+    if found:
+        store(_FILE, {**load(_FILE), **found})
     return found
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,21 @@ def measure_lengths(
     ``version`` is the conversation template (``--version``) or the model's kind, ``image_tokens`` what one image takes,
     ``limit`` ``--model_max_length``. Raises Refused when the file is not readable or holds no samples.
     """
+    stamps = tuple(_stamp(path) for path in (data, tokenizer / "tokenizer.json" if tokenizer else None))
+    return _measured(data, tokenizer, version, image_tokens, limit, stamps)
+
+
+def _stamp(path: Path | None) -> int:
+    try:
+        return path.stat().st_mtime_ns if path is not None else 0
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=64)
+def _measured(
+    data: Path, tokenizer: Path | None, version: str, image_tokens: int, limit: int, _stamps: tuple[int, ...]
+) -> Lengths:
     samples, whole = read_samples(data)
     kept = _chosen(samples)
     encode, with_what = _encoder(tokenizer)

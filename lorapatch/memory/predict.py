@@ -122,8 +122,10 @@ def _search(fits: Callable[[int], bool]) -> int:
     if not fits(1):
         return 0
     low = 1
-    while low < _MOST and fits(2 * low):
+    while fits(2 * low):
         low *= 2
+        if low >= _MOST:
+            return _MOST
     high = 2 * low
     while high - low > 1:
         middle = (low + high) // 2

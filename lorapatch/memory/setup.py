@@ -11,11 +11,12 @@ from typing import Any
 from lorapatch.errors import LorapatchError, Refused, UsageError
 from lorapatch.launch.model import Launch, Script
 from lorapatch.lora.flags import PatchOptions
-from lorapatch.lora.lint.facts import LaunchFacts, number, true
+from lorapatch.lora.lint.facts import LaunchFacts, true
 from lorapatch.memory.architecture import Language, language_in, model_folder, read_config
 from lorapatch.memory.launched import patched_facts, with_flags
 from lorapatch.memory.lengths import Lengths, measure_lengths
-from lorapatch.memory.model import LoraSetup, RunSetup, Zero
+from lorapatch.memory.lora_setup import bits_of, lora_of
+from lorapatch.memory.model import RunSetup, Zero
 from lorapatch.memory.ranks import count_gpus
 from lorapatch.memory.towers import read_vision, vision_of
 from lorapatch.memory.trainers import TRAINERS, Habits, family_of, habits_of, trainer_of
@@ -130,8 +131,8 @@ class _Reader:
             sequence=1, labels=1, vision_tower=tower, vision_tower_aux=self._folder(facts, "vision_tower_aux"),
             projector=facts.value("mm_projector_type") or str(config.get("mm_projector_type") or "linear"),
             image_size_aux=_whole(facts.value("image_size_aux"), habits.image_size_aux),
-            lora=_lora(facts, habits, self.trainer) if method == "lora" else None,
-            bits=_bits(facts) if method == "lora" else 16,
+            lora=lora_of(facts, habits, self.trainer, language) if method == "lora" else None,
+            bits=bits_of(facts) if method == "lora" else 16,
             double_quant=true(facts.value("double_quant") or "True"), quant_type=facts.value("quant_type") or "nf4",
             dtype=config_dtype, gradient_checkpointing=true(facts.value("gradient_checkpointing")),
             use_reentrant=_reentrant(facts, habits), accumulation=_accumulation(facts), gpus=gpus, zero=zero,
@@ -140,7 +141,7 @@ class _Reader:
             model_max_length=_limit(facts, habits),
         )  # fmt: skip
         setup, low, high, exact = self._with_lengths(setup, facts, language, config, assumed)
-        return Described(setup, low, high, tuple(dict.fromkeys(assumed)), _not_modelled(facts), python, sure and exact)
+        return Described(setup, low, high, tuple(dict.fromkeys(assumed)), self._not_modelled(facts), python, sure and exact)
 
     def _model(self, facts: LaunchFacts) -> Path:
         name = facts.value(*_MODEL)
@@ -253,42 +254,21 @@ class _Reader:
         except LorapatchError as error:
             return None, str(error)
 
+    def _not_modelled(self, facts: LaunchFacts) -> tuple[str, ...]:
+        found = []
+        if facts.value("fsdp"):
+            found.append("FSDP: every GPU is counted as if it held the whole model")
+        if true(facts.value("use_liger_kernel")):
+            found.append("Liger kernels: the logits that they never make are counted")
+        name = "PYTORCH_CUDA_ALLOC_CONF"
+        own = next((str(word) for key, word in facts.launch.environment if key == name), None)
+        if own or self.script.value(f"${name}", facts.launch.start):
+            found.append(f"{name} that the script sets; export it to have it replayed")
+        return tuple(found)
+
 
 def _config(model: Path) -> Mapping[str, Any]:
     return read_config(model) if (model / "config.json").is_file() else {}
-
-
-def _lora(facts: LaunchFacts, habits: Habits, trainer: str) -> LoraSetup:
-    """LoRA's numbers under the trainer's own names, its defaults where the launch says nothing."""
-
-    def given(canonical: str, default: object) -> str:
-        value = facts.value(canonical)
-        if value is None and trainer == "transformers":
-            value = facts.value(facts.name_of(canonical))
-            if value is None and facts.support and canonical in facts.support.lora_flags:
-                option = facts.support.command_line.options.get(facts.support.lora_flags[canonical].name)
-                value = option.default.strip("\"'") if option and option.default else None
-        return str(default) if value is None else value
-
-    computed = trainer == "upstream"
-    targets = "all-linear" if computed else given("lora_target_modules", "all-linear").replace(" ", ",")
-    return LoraSetup(
-        r=_whole(given("lora_r", habits.r), habits.r),
-        alpha=_whole(given("lora_alpha", habits.alpha), habits.alpha),
-        dropout=number(given("lora_dropout", habits.dropout)) or 0.0,
-        bias=given("lora_bias", "none"),
-        target_modules=targets,
-        variant=facts.value("lora_variant") or "lora",
-    )
-
-
-def _bits(facts: LaunchFacts) -> int:
-    if true(facts.value("load_in_4bit")):
-        return 4
-    if true(facts.value("load_in_8bit")):
-        return 8
-    bits = _whole(facts.value("bits", "quantization_bit"), 16)
-    return bits if bits in (4, 8) else 16
 
 
 def _reentrant(facts: LaunchFacts, habits: Habits) -> bool:
@@ -326,17 +306,6 @@ def _image_tokens(setup: RunSetup, config: Mapping[str, Any], assumed: list[str]
         return 576
     assumed.append(f"{_IMAGE_TOKENS} tokens an image: the model takes images of any size")
     return _IMAGE_TOKENS
-
-
-def _not_modelled(facts: LaunchFacts) -> tuple[str, ...]:
-    found = []
-    if facts.value("fsdp"):
-        found.append("FSDP: every GPU is counted as if it held the whole model")
-    if true(facts.value("use_liger_kernel")):
-        found.append("Liger kernels: the logits that they never make are counted")
-    if number(facts.value("neftune_noise_alpha")):
-        found.append("NEFTune's noise")
-    return tuple(found)
 
 
 def _offload_named(name: str) -> Mapping[str, str]:

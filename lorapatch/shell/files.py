@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import stat
 import time
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def read_bytes(path: Path) -> bytes:
         if path.is_dir():
             raise Refused(f"{path}: is a directory; name a script in it")
         if not path.exists():
-            raise Refused(f"{path}: no such file")
+            raise Refused(f"{path}: {_why_missing(path)}")
         if not path.is_file():
             raise Refused(f"{path}: is not a regular file; name a script")
         source = path.read_bytes()
@@ -50,15 +51,24 @@ def read_bytes(path: Path) -> bytes:
     if source.startswith(b"\xef\xbb\xbf"):
         raise Refused(
             f"{path}: line 1: begins with a byte order mark, which bash takes for part of the first command; remove it:"
-            f" sed -i '1s/^\\xef\\xbb\\xbf//' {path}"
+            f" sed -i '1s/^\\xef\\xbb\\xbf//' {shlex.quote(str(path))}"
+        )
+    if b"\r" in source and b"\n" not in source:
+        raise Refused(
+            f"{path}: line 1: its lines end as on old Macintoshes (CR), so to bash all of it is one line; convert it:"
+            f" tr '\\r' '\\n' < {shlex.quote(str(path))} > new.sh"
         )
     if b"\r\n" in source:
         line = source[: source.index(b"\r\n")].count(b"\n") + 1
         raise Refused(
             f"{path}: line {line}: has Windows line ends (CRLF), which bash takes for part of the words; convert it:"
-            f" sed -i 's/\\r$//' {path}"
+            f" sed -i 's/\\r$//' {shlex.quote(str(path))}"
         )
     return source
+
+
+def _why_missing(path: Path) -> str:
+    return f"is a link to {os.readlink(path)}, which cannot be followed" if path.is_symlink() else "no such file"
 
 
 def sha256(data: bytes) -> str:
@@ -127,7 +137,7 @@ def restore(path: str | os.PathLike[str], *, force: bool = False) -> Path | None
     path = Path(os.fspath(path))
     target = _target(path)
     with _locked(target.parent):
-        current = read_bytes(target)
+        current = _bytes_of(target)  # whatever has become of it
         receipt = _read_receipt(target)
         if receipt is None:
             raise Refused(f"{path}: was not patched by lorapatch, or its receipt {_receipt_path(target).name} is gone")
@@ -160,10 +170,15 @@ def _target(path: Path) -> Path:
     """The file itself, behind symbolic links."""
     try:
         return path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # a link to itself is the one or the other, by the version of Python
+        raise Refused(f"{path}: {_why_missing(path)}") from error
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
-        raise Refused(f"{path}: no such file") from error
-    except RuntimeError as error:
-        raise Refused(f"{path}: is a symbolic link to itself") from error
+        raise Refused(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _receipt_path(target: Path) -> Path:
@@ -204,10 +219,12 @@ def _write_atomically(
     temporary: str | None = None
     try:
         status = os.stat(replaced) if replaced is not None else None
+        if status is not None and not stat.S_ISREG(status.st_mode):
+            raise Refused(f"{path}: is not a regular file; name a file")
         if status is not None and status.st_nlink > 1:
             raise Refused(f"{path}: has {status.st_nlink} hard links, which a safe replace would part; copy it first")
         if status is not None and not os.access(path, os.W_OK):
-            raise Refused(f"{path}: is write-protected; chmod +w {path.name} first")
+            raise Refused(f"{path}: {_why_protected(path, status)}")
         name = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         temporary = str(name)
@@ -248,14 +265,25 @@ def _copy_metadata(handle: int, replaced: Path | None, mode_of: Path | None, sta
 
 
 def _reason(error: OSError) -> str:
+    folder = Path(str(error.filename or ".")).parent
     known = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
         errno.EROFS: "the file system is read-only",
-        errno.EACCES: f"no permission to write in {Path(str(error.filename or '.')).parent}",
-        errno.EPERM: "its owner or mode cannot be kept (run as its owner)",
+        errno.EACCES: f"no permission to write in {folder}",
+        errno.EPERM: f"{folder} may not be changed (see lsattr -d)"
+        if error.filename
+        else "its owner or mode cannot be kept (run as its owner)",
     }
     return known.get(error.errno or 0, error.strerror or str(error))
+
+
+def _why_protected(path: Path, status: os.stat_result) -> str:
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        return "cannot be written: the file system is read-only"
+    if not status.st_mode & 0o222:
+        return f"is write-protected; chmod +w {path.name} first"
+    return "this user may not write it (see its owner, and lsattr)"
 
 
 def _sync_folder(folder: Path) -> None:

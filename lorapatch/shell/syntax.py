@@ -35,13 +35,17 @@ class _Bash:
         with tempfile.TemporaryFile() as script:  # not a pipe: nobody has to wait until bash has read it
             script.write(text)
             script.seek(0)
-            self._process = subprocess.Popen(
-                [bash, "--noprofile", "--norc", *arguments],
-                stdin=script,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=environment,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [bash, "--noprofile", "--norc", *arguments],
+                    stdin=script,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=environment,
+                    cwd="/",  # a folder that is there
+                )
+            except OSError as error:
+                raise Refused(f"{bash} cannot be run ({error.strerror}); lorapatch needs it to check what it writes") from error
 
     def __enter__(self: _Any) -> _Any:
         return self
@@ -108,11 +112,11 @@ class BashWords(_Bash):
         code, out, said = self._answer()
         fields = out.split(b"\0")[:-1]
         found: list[list[bytes]] = []
-        while fields:
+        while fields and fields[0].isdigit():
             count = int(fields[0])
             found.append(fields[1 : count + 1])
             del fields[: count + 1]
-        if code or said or len(found) != self._commands:
+        if code or said or fields or len(found) != self._commands:
             raise Refused("bash does not split this command as lorapatch does, so it is not touched; write it more simply")
         return found
 

@@ -27,6 +27,7 @@ _BRACED = re.compile(r"([A-Za-z_]\w*|[0-9@*])(?:\[(?:0|@|\*)\])?(?:(:?[-=+?])(.*
 _DEFAULT = re.compile(rb"\$\{([A-Za-z_]\w*):?=([^}]*)\}")
 _QUIETLY = r"(?:>\s*/dev/null\s*(?:2>&1)?\s*)?"
 _CD_PWD = re.compile(rf"\s*cd\s+(?:--\s+)?(.+?)\s*{_QUIETLY}(?:&&|;)\s*pwd(?:\s+-[PL])?\s*", re.DOTALL)
+_PWD = re.compile(r"\s*pwd(?:\s+-[PL])?\s*")
 _PATH_COMMAND = re.compile(r"\s*(dirname|basename|realpath|readlink\s+-f)\s+(?:--\s+)?(.+?)\s*", re.DOTALL)
 _OPERATIONS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -61,11 +62,14 @@ class Values:
             for part in assignment.context:
                 if part[0] in _LOOPS:
                     self._set_in_loop.setdefault(assignment.name, {})[part] = assignment
+        self._stays = True  # in the folder that it is started in
         self._unknown = {name for name, _ in self.outline.loop_variables}
         for command in self.outline.commands:
             words = [self.outline.source[slice(*span)].decode("latin-1") for span in command.words]
             if words[:1] in (["read"], ["mapfile"], ["readarray"], ["getopts"]):
                 self._unknown.update(words[1:])
+            if words[:1] in (["cd"], ["pushd"], ["popd"]):
+                self._stays &= bool(_NO_LEAK & {kind for kind, _ in command.context})
         self._defaults = {m[1].decode(): m for m in _DEFAULT.finditer(self.outline.source)}
         self._busy: set[str] = set()
         self._depth = 0
@@ -188,9 +192,14 @@ class Values:
         return value
 
     def _start_value(self, name: str, at: int, context: Context) -> str:
-        """The value before the script's own assignments: the environment's, or that of an earlier ``${NAME:=x}``."""
+        """The value before the script's own assignments: the environment's, or that of an earlier ``${NAME:=x}``.
+
+        The folder that the script is started in, and stays in, is ``.`` to the paths that are made of it.
+        """
         if name in self.environment:
             return self.environment[name]
+        if name == "PWD" and self._stays:
+            return "."
         default = self._defaults.get(name)
         if default is None or default.start() >= at:
             raise Unresolved(f"${name}, which the script does not set")
@@ -250,6 +259,8 @@ class Values:
         """The few commands that scripts find their own folder with."""
         if inner.lstrip().startswith("#"):
             return ""
+        if _PWD.fullmatch(inner):
+            return self.variable("PWD", at, context)
         if match := _CD_PWD.fullmatch(inner):
             return os.path.normpath(self.word(match[1], at, context))
         match = _PATH_COMMAND.fullmatch(inner)

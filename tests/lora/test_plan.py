@@ -123,7 +123,7 @@ def test_the_only_pretraining_launch_is_refused() -> None:
     [
         ("# only a comment\n", "has no command"),
         ("echo hello\n", "no launch was found"),
-        ("bash scripts/train.sh x\n", "line 1: no launch was found here, but scripts/train.sh is run"),
+        ("bash scripts/train.sh x\n", r"other scripts are run \(line 1: scripts/train.sh\); patch that script"),
         ("python eval.py\n", "no training launch was found, only these: 1: line 1, python eval.py, evaluation"),
     ],
 )

@@ -447,8 +447,11 @@ def test_a_trainer_is_found_from_the_script_upwards_and_by_module(tmp_path: Path
     assert find_trainer("llm.train.run", module=True, script_dir=scripts) == run
     assert find_trainer("llm.tool", module=True, script_dir=scripts) == tmp_path / "llm/tool/__main__.py"
     assert find_trainer("train/run.py", module=False, script_dir=scripts, roots=[tmp_path / "llm"]) == run
+    assert find_trainer("$PWD/llm/train/run.py", module=False, script_dir=scripts) == run
+    assert find_trainer("`pwd`/../../llm/train/run.py", module=False, script_dir=scripts).samefile(run)  # type: ignore[union-attr]
     for name, module in (
         ("nothing.py", False),
+        ("$DIR/train/run.py", False),
         ("$DIR/run.py", False),
         ("llm.nothing", True),
         ("a b", True),

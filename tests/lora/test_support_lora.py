@@ -307,3 +307,44 @@ main()
     assert support.recommendation == "flags"
     assert support.flag("--learning_rate").state == "accepted"
     assert support.flag("--packing").state == "unsure"
+
+
+def test_a_program_in_which_many_ways_lead_to_lora_is_read_all_the_same(tmp_path: Path) -> None:
+    """Each of thirty functions is called at three places, and hands its argument on: 3 ** 30 ways to follow."""
+    layers = "\n".join(
+        f"def build_{i}(model, rank):\n" + f"    build_{i + 1}(model, rank)\n" * 3 for i in range(30)
+    )
+    last = "def build_30(model, rank):\n    get_peft_model(model, LoraConfig(r=rank))\n\n"
+    support = trainer(
+        tmp_path,
+        f'{RANK}\np.add_argument("--use_lora", action="store_true")',
+        "if args.use_lora:\n    build_0(model, args.rank_of_lora)\nbuild_20(model, args.rank_of_lora)",
+        head=last + layers + HEAD,
+    )
+    assert support.settings("lora_enable", "True") == [Setting("--use_lora", ())]
+
+
+def test_a_configuration_that_is_built_under_a_flag_makes_that_flag_the_switch(tmp_path: Path) -> None:
+    body = """
+config = None
+if args.use_peft_lora:
+    config = LoraConfig(r=args.rank_of_lora)
+Trainer(model=model, peft_config=config)"""
+    support = trainer(tmp_path, f'{RANK}\np.add_argument("--use_peft_lora", action="store_true")', body)
+    assert not support.always_on
+    assert support.settings("lora_enable") == [Setting("--use_peft_lora", ())]
+
+
+def test_in_a_checkout_of_peft_an_example_is_the_project_and_peft_is_not(tmp_path: Path) -> None:
+    package = tmp_path / "src" / "peft"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("def get_peft_model(model, config):\n    model.add_adapter(config)\n")
+    support = trainer(tmp_path, RANK, "get_peft_model(model, LoraConfig(r=args.rank_of_lora))")
+    assert support.files == (tmp_path / "train.py",) and support.always_on
+
+
+def test_a_trainer_that_python_cannot_read_is_said_to_be_that(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("def (\n")
+    support = read_trainer(tmp_path / "train.py")
+    assert support.recommendation is None
+    assert support.reason.startswith(f"{tmp_path / 'train.py'}:1: Python cannot read this file")

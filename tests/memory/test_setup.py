@@ -220,3 +220,36 @@ def test_a_launch_without_a_model_is_refused_with_what_to_say(tmp_path: Path) ->
 def test_values_out_of_range_are_usage_errors(wanted: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         Wanted(**wanted)
+
+
+TRAINER = """
+import argparse
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer
+p = argparse.ArgumentParser()
+p.add_argument('--use_lora', default=False)
+p.add_argument('--rank', type=int, default=4)
+args, _ = p.parse_known_args()
+if args.use_lora:
+    model = get_peft_model(model, LoraConfig(r=args.rank{more}))
+Trainer(model).train()
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "targets", "alpha"),
+    [(", target_modules=['k_proj', 'down_proj'], lora_alpha=64", "k_proj,down_proj", 64),
+     (", target_modules=find_them(model)", "all-linear", 8), ("", "q_proj,v_proj", 8)],
+)  # fmt: skip
+def test_modules_that_no_flag_names_are_those_in_the_trainers_source(
+    tmp_path: Path, more: str, targets: str, alpha: int
+) -> None:
+    script = text_run(tmp_path, use_lora=True)
+    (tmp_path / "train.py").write_text(TRAINER.replace("{more}", more))
+    lora = after(script).lora
+    assert lora is not None and (lora.r, lora.target_modules, lora.alpha) == (4, targets, alpha)
+
+
+def test_an_allocator_setting_in_the_script_is_said_not_to_be_replayed(tmp_path: Path) -> None:
+    script = text_run(tmp_path, "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python train.py")
+    assert any("PYTORCH_CUDA_ALLOC_CONF" in note for note in sides(script)["after"].not_modelled)

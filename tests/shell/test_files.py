@@ -226,6 +226,7 @@ def test_writing_elsewhere_takes_the_mode_along(script: Path, tmp_path: Path) ->
         (b"\x7fELF\0\0", "NUL bytes"),
         (b"\xef\xbb\xbfecho\n", "line 1: begins with a byte order mark"),
         (b"echo\necho a\r\n", "line 2: has Windows line ends"),
+        (b"echo\recho a\r", "old Macintoshes"),
     ],
 )
 def test_what_is_not_a_script_to_edit_is_refused(tmp_path: Path, data: bytes, sentence: str) -> None:
@@ -247,3 +248,49 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     with pytest.raises(Refused):
         read_bytes(loop)
+
+
+def test_a_link_that_leads_nowhere_is_told_from_a_missing_file(tmp_path: Path) -> None:
+    for target in ("nowhere.sh", "link.sh"):
+        link = tmp_path / "link.sh"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        for work in (read_bytes, restore):
+            with pytest.raises(Refused, match=f"is a link to {target}, which cannot be followed"):
+                work(link)
+
+
+@pytest.mark.parametrize("now", [b"", NEW.replace(b"\n", b"\r\n"), b"\0"])
+def test_force_restores_whatever_has_become_of_the_script(script: Path, now: bytes) -> None:
+    replace_with_backup(script, OLD, NEW)
+    script.write_bytes(now)
+    with pytest.raises(Refused, match="was edited since"):
+        restore(script)
+    kept = restore(script, force=True)
+    assert script.read_bytes() == OLD and kept is not None and kept.read_bytes() == now
+
+
+def test_nothing_but_a_file_is_written_over(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(Refused, match="is not a regular file"):
+        write_new(pipe, NEW)
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and names(tmp_path) == ["pipe"]
+
+
+def test_a_protected_script_and_a_protected_folder_are_named(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> int:
+        raise OSError(errno.EPERM, "Operation not permitted", str(script.parent / "x"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(Refused, match="this user may not write it"):
+            replace_with_backup(script, OLD, NEW)
+        script.chmod(0o444)
+        with pytest.raises(Refused, match="write-protected; chmod \\+w train.sh"):
+            replace_with_backup(script, OLD, NEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda *a, real=os.open: forbidden() if a[1] & os.O_CREAT else real(*a))
+        with pytest.raises(Refused, match="may not be changed \\(see lsattr -d\\)"):
+            replace_with_backup(script, OLD, NEW)
+    assert script.read_bytes() == OLD and names(script.parent) == ["train.sh"]

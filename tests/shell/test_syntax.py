@@ -66,3 +66,24 @@ def test_without_bash_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(Refused, match="bash is not on the PATH"):
         syntax_error(b"echo\n")
+
+
+@pytest.mark.parametrize(
+    ("bash", "said"),
+    [("not a program\n", "cannot be run"), ("#!/bin/sh\necho hello\nexec /bin/bash \"$@\"\n", "does not split")],
+)
+def test_a_bash_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bash: str, said: str) -> None:
+    (tmp_path / "bash").write_text(bash)
+    (tmp_path / "bash").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(Refused, match=said):
+        words("run a b")
+
+
+def test_bash_is_asked_from_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert words("run a b") == [b"run", b"a", b"b"]
+    monkeypatch.chdir(tmp_path)

@@ -92,3 +92,14 @@ def test_a_long_chain_of_variables_ends_at_a_limit() -> None:
     text = "A0=x\n" + "".join(f"A{i}=$A{i - 1}\n" for i in range(1, 3000)) + "V=$A2999\n"
     with pytest.raises(Unresolved, match="too many others"):
         Values(outline(text.encode()), None).variable("V", len(text))
+
+
+@pytest.mark.parametrize("pwd", ["$(pwd)", "`pwd`", "$PWD", "${PWD}", "$(pwd -P)"])
+def test_the_folder_that_a_script_stays_in_is_a_dot(pwd: str) -> None:
+    def value(text: str, **environment: str) -> str:
+        return Values(outline(text.encode()), None, environment).word("$HERE/train.py", len(text))
+
+    assert value(f"HERE={pwd}\nD=$(cd /x && pwd)\n(cd y)\n") == "./train.py"
+    assert value(f"HERE={pwd}\n", PWD="/work") == "/work/train.py"
+    with pytest.raises(Unresolved):
+        value(f"cd sub\nHERE={pwd}\n")

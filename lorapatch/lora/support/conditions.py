@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,21 +32,22 @@ class Conditions:
 
 def conditions_of(flow: Flow, unit: Unit, node: ast.AST) -> Conditions:
     """The conditions of a node. A function that nobody is seen to call is not free: what calls it is out of sight."""
-    return _conditions(flow, unit, node, frozenset())
-
-
-def _conditions(flow: Flow, unit: Unit, node: ast.AST, seen: frozenset[int]) -> Conditions:
-    own = tuple(_around(unit, node))
-    if unit.function is None:
-        return Conditions(own, not own)
-    if id(unit.function) in seen:
-        return Conditions(own, False)
-    callers = flow.callers(unit)
-    if not callers and _handed_over(flow, unit):
-        return Conditions(own, not own)
-    ways = [_conditions(flow, *caller, seen | {id(unit.function)}) for caller in callers[:8]]
-    tests = [condition for way in ways for condition in way.tests]
-    return Conditions((*own, *dict.fromkeys(tests)), not own and any(way.free for way in ways))
+    tests: dict[Condition, None] = {}
+    free = False
+    queue, seen = deque([(unit, node, True)]), set()
+    while queue:
+        unit, node, unguarded = queue.popleft()
+        own = tuple(_around(unit, node))
+        tests |= dict.fromkeys(own)
+        unguarded = unguarded and not own
+        if unit.function is None:
+            free = free or unguarded
+        elif (id(unit.function), unguarded) not in seen:  # each function twice at most, however many ways lead there
+            seen.add((id(unit.function), unguarded))
+            callers = flow.callers(unit)
+            free = free or (not callers and unguarded and _handed_over(flow, unit))
+            queue.extend((*caller, unguarded) for caller in callers[:8])
+    return Conditions(tuple(tests), free)
 
 
 def _handed_over(flow: Flow, unit: Unit) -> bool:

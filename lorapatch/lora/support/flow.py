@@ -21,6 +21,8 @@ class Flow:
     def __init__(self, lookup: Lookup, units: list[Unit]) -> None:
         self.lookup = lookup
         self.units = units
+        self._origins: dict[tuple[int, int, int], list[tuple[Unit, ast.expr]]] = {}
+        self._callers: dict[int, list[tuple[Unit, ast.Call]]] = {}
 
     @cached_property
     def _calls_by_name(self) -> dict[str, list[tuple[Unit, ast.Call]]]:
@@ -38,6 +40,11 @@ class Flow:
         """The calls that run a function; those of a method by its name, those of ``__init__`` by its class."""
         if unit.function is None:
             return []
+        if id(unit) not in self._callers:
+            self._callers[id(unit)] = self._find_callers(unit)
+        return self._callers[id(unit)]
+
+    def _find_callers(self, unit: Unit) -> list[tuple[Unit, ast.Call]]:
         is_constructor = unit.name in ("__init__", "__new__")
         name = unit.owner if unit.owner and is_constructor else unit.name
         return [(u, c) for u, c in self._calls_by_name.get(name or "", ()) if self._calls(u, c, unit, is_constructor)]
@@ -60,11 +67,17 @@ class Flow:
             target = self.lookup.resolve(target.source, name)
         return target
 
-    def origins(self, unit: Unit, node: ast.expr, depth: int = 0) -> Iterator[tuple[Unit, ast.expr]]:
+    def origins(self, unit: Unit, node: ast.expr, depth: int = 0) -> list[tuple[Unit, ast.expr]]:
         """What a plain name stands for, as far back as it can be followed; any other expression is its own origin."""
         if not isinstance(node, ast.Name) or depth > _DEPTH:
-            yield unit, node
-            return
+            return [(unit, node)]
+        key = (id(unit), id(node), depth)
+        if key not in self._origins:  # kept, for in a large project many ways lead to the same name
+            found = {(id(u), id(n)): (u, n) for u, n in self._follow(unit, node, depth)}
+            self._origins[key] = list(found.values())
+        return self._origins[key]
+
+    def _follow(self, unit: Unit, node: ast.Name, depth: int) -> Iterator[tuple[Unit, ast.expr]]:
         steps = list(self._step(unit, node.id))
         if not steps:
             yield unit, node

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorapatch.lora.support.find_trainer import installed_package
 from lorapatch.lora.support.source import Definition, SourceFile, parse_file
+from lorapatch.lora.support.trainer_file import installed_package
 
 __all__ = ["External", "Found", "Lookup", "Target", "Value", "library_class"]
 

@@ -44,6 +44,7 @@ class Origins:
     def __init__(self, flow: Flow, options: dict[str, Option]) -> None:
         self.flow = flow
         self.options = options
+        self._known: dict[tuple[int, int, int], Origin] = {}
 
     def keywords(self, unit: Unit, call: ast.Call) -> dict[str, Origin]:
         """Where each keyword of a call comes from, ``**kwargs`` looked into where it is a literal dictionary."""
@@ -58,6 +59,13 @@ class Origins:
         return found
 
     def of(self, unit: Unit, node: ast.expr, depth: int = 0) -> Origin:
+        """Where an expression comes from."""
+        key = (id(unit), id(node), depth)
+        if key not in self._known:
+            self._known[key] = self._of(unit, node, depth)
+        return self._known[key]
+
+    def _of(self, unit: Unit, node: ast.expr, depth: int) -> Origin:
         if depth > _DEPTH:
             return Origin("computed", ast.unparse(node), unit.place(node))
         if isinstance(node, ast.Name):

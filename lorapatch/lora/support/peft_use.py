@@ -43,8 +43,9 @@ class Applied:
 
 @dataclass
 class PeftUse:
-    """``configs``: LoRA configurations built. ``applied``: what puts LoRA on the model, through PEFT or by itself.
+    """``configs``: LoRA configurations built, under ``config_conditions``.
 
+    ``applied``: what puts LoRA on the model, through PEFT or by itself.
     ``trl_config``: calls of TRL's ``get_peft_config``. ``input_grads``: what gradient checkpointing needs under LoRA.
     ``trainers``: transformers' Trainer, or a subclass, being made.
     """
@@ -54,14 +55,20 @@ class PeftUse:
     input_grads: list[Call] = field(default_factory=list)
     trl_config: list[Call] = field(default_factory=list)
     trainers: list[Call] = field(default_factory=list)
+    config_conditions: Conditions = Conditions((), True)
 
 
 def read_peft_use(flow: Flow, options: dict[str, Option]) -> PeftUse:
     """PEFT calls in the units that can run. ``options`` are the trainer's, by attribute."""
     origins = Origins(flow, options)
     use = PeftUse()
+    ways = []
     for unit, call in flow.calls_named(*_CONFIGS):
         use.configs.append(Call(last_name(call.func), unit.place(call), origins.keywords(unit, call)))
+        ways.append(conditions_of(flow, unit, call))
+    if ways:
+        tests = tuple(dict.fromkeys(test for way in ways for test in way.tests))
+        use.config_conditions = Conditions(tests, any(way.free for way in ways))
     for unit, call in flow.calls_named(*_APPLIES):
         arguments = origins.keywords(unit, call)
         if "r" in arguments:  # unsloth's get_peft_model takes LoraConfig's keywords itself
@@ -125,6 +132,8 @@ def _applied(flow: Flow, use: PeftUse, unit: Unit, call: ast.Call, name: str) ->
             chosen.append(Condition(where, origin.test))
     if chosen:
         conditions = Conditions((*chosen, *conditions.tests), False)
+    if not use.config_conditions.free:  # where no configuration is built, there is none to apply
+        conditions = Conditions((*conditions.tests, *use.config_conditions.tests), False)
     use.applied.append(Applied(Call(name, unit.place(call)), unit, conditions))
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorapatch.errors import Refused
-from lorapatch.lora.support.find_trainer import guess_roots, installed_package
 from lorapatch.lora.support.lookup import Lookup
 from lorapatch.lora.support.source import SourceFile, Unit, last_name, parse_file, string_of
+from lorapatch.lora.support.trainer_file import guess_roots, installed_package
 
 __all__ = ["Project"]
 
@@ -23,6 +23,8 @@ _LIBRARIES = (
     " absl hydra"
     " omegaconf pydantic huggingface_hub sentencepiece evaluate tensorboard mlflow matplotlib psutil packaging"
 )
+# What these do is known by their names; in a checkout of theirs, an example's trainer is the project, they are not.
+_KNOWN_BY_NAME = ("torch", "transformers", "peft", "deepspeed", "accelerate", "trl")
 _IMPORT_ONE = ("import_module", "__import__")
 
 
@@ -62,6 +64,10 @@ class Project(Lookup):
 
     def file(self, path: Path) -> SourceFile | None:
         return self.files.get(path)
+
+    def _find_module(self, folder: Path, level: int, parts: list[str]) -> Path | None:
+        known = not level and parts and parts[0] in _KNOWN_BY_NAME
+        return None if known else super()._find_module(folder, level, parts)
 
     def _add_packages(self, entry: SourceFile) -> None:
         """``from llava.train.train import train`` in a script that stands outside the llava that is installed."""

@@ -222,13 +222,16 @@ class TrainerSupport:
 
     def recommend(self, *, target_modules: bool = False) -> Recommendation:
         """Which mode makes this trainer train LoRA; ``target_modules``: whether the user wants some of their own."""
+        if self.trainer not in self.files:
+            return Recommendation(None, self.problems[0])
         lacking = self._lacking()
         if lacking is None and target_modules and "lora_target_modules" not in self.lora_flags:
             lacking = f"its target modules are {self._target_words()}, no flag chooses them"
         if lacking is None:
             rank = self.lora_flags["lora_r"]
-            switch = f"{self.switches[0].name}" if self.switches else "LoRA is always on"
-            return Recommendation("flags", f"it has LoRA flags of its own ({switch}, {rank.name} at {rank.place})")
+            switch = self.switches[0].name if self.switches else "LoRA is always on"
+            names = ", ".join(dict.fromkeys((switch, rank.name)))
+            return Recommendation("flags", f"it has LoRA flags of its own ({names} at {rank.place})")
         if self.use.trainers or (self.command_line.training_arguments and not self.complete):
             return Recommendation("attach", f"{lacking}; lorapatch.attach can put LoRA on what its Trainer trains")
         return Recommendation(None, f"{lacking}, and it makes no transformers Trainer that lorapatch.attach could hook")
@@ -239,7 +242,8 @@ class TrainerSupport:
         if not applied and (self.complete or "lora_r" not in self.lora_flags):
             return f"{self.trainer} puts no LoRA on its model"
         if "lora_r" not in self.lora_flags:
-            return f"{self.trainer} builds LoRA, but no flag sets its rank"
+            builds = "builds LoRA" if self.use.configs else "adapts its model"  # PEFT has other methods than LoRA
+            return f"{self.trainer} {builds}, but no flag sets a LoRA rank"
         if not self.switches and not self.always_on and applied:
             return f"{self.trainer} builds LoRA under a condition that no flag sets ({self.use.applied[0].call.place})"
         return None

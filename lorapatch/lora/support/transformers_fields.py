@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
-from lorapatch.lora.support.find_trainer import installed_package
 from lorapatch.lora.support.option import Kind
+from lorapatch.lora.support.trainer_file import installed_package
 
 __all__ = ["Release", "is_training_arguments", "pinned_version", "read_fields", "releases_for", "table_fields",
            "table_kind", "table_span"]  # fmt: skip

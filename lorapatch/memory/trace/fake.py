@@ -51,7 +51,7 @@ def _swapped(tensor: Tensor, swapped: dict[int, tuple[Tensor, Tensor]], mode: An
             new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-        for name in ("quantised",):
+        for name in ("quantised", "whole"):
             if hasattr(tensor, name):
                 setattr(new, name, getattr(tensor, name))
         swapped[id(tensor)] = (new, tensor)

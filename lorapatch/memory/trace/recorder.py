@@ -112,7 +112,7 @@ class Recorder(TorchDispatchMode):
         """Count the storage of ``tensor``, or give one that is counted its ``category``."""
         key = _storage(tensor)._cdata
         if key in self._known:
-            if category:
+            if category and self.records[self._known[key][1]].category != "host":
                 self.records[self._known[key][1]].category = category
             return
         storage = _storage(tensor)

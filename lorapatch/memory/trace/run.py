@@ -18,7 +18,8 @@ from lorapatch.memory.model import Tensor as BigTensor
 from lorapatch.memory.trace import optimizers
 from lorapatch.memory.trace.cuda import autocast, cublas_workspace, cuda_kernels
 from lorapatch.memory.trace.engines.plain import PlainEngine
-from lorapatch.memory.trace.engines.zero import ZeroEngine
+from lorapatch.memory.trace.engines.zero import ZeroEngine, on_device
+from lorapatch.memory.trace.engines.zero3 import Zero3Engine
 from lorapatch.memory.trace.fake import swap
 from lorapatch.memory.trace.recorder import Record, Recorder
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
@@ -100,7 +101,14 @@ def trace_subject(subject: Subject, setup: RunSetup, architecture: int) -> Recor
     recorder = Recorder(CachingAllocator(settings()))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, recorder, cuda_kernels(recorder):
-        _load(subject, recorder, mode)
+        zero = setup.zero
+        partitioned = zero is not None and zero.stage == 3 and (setup.gpus > 1 or zero.offload_param)
+        with on_device(recorder, not partitioned):  # zero.Init hands out shares while the model is made
+            _load([subject.model], recorder, mode)
+        _load(subject.towers, recorder, mode)
+        for holder, name in subject.tensors:
+            value = getattr(holder, name)
+            object.__setattr__(holder, name, torch.empty(value.shape, dtype=value.dtype))
         engine = _engine(subject.model, setup, recorder)
         gc.collect()
         _train(subject, setup, engine, recorder, cublas_workspace(architecture))
@@ -108,18 +116,12 @@ def trace_subject(subject: Subject, setup: RunSetup, architecture: int) -> Recor
     return recorder
 
 
-def _load(subject: Subject, recorder: Recorder, mode: Any) -> None:
+def _load(modules: list[nn.Module], recorder: Recorder, mode: Any) -> None:
     """The model goes to the GPU, tensor by tensor."""
-    tensors = swap([subject.model, *subject.towers], mode)
-    for holder, name in subject.tensors:
-        value = getattr(holder, name)
-        object.__setattr__(holder, name, torch.empty(value.shape, dtype=value.dtype))
-    for tensor in tensors:
-        if not isinstance(tensor, nn.Parameter):
-            category = "buffers"
-        else:
-            category = "trainable_weights" if tensor.requires_grad else "frozen_weights"
-        recorder.add(tensor, category)
+    for tensor in swap(modules, mode):
+        learns = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        frozen = isinstance(tensor, nn.Parameter) or hasattr(tensor, "quantised")
+        recorder.add(tensor, "trainable_weights" if learns else "frozen_weights" if frozen else "buffers")
     for record in recorder.records:
         record.operation = "load"
 
@@ -127,6 +129,8 @@ def _load(subject: Subject, recorder: Recorder, mode: Any) -> None:
 def _engine(model: nn.Module, setup: RunSetup, recorder: Recorder) -> Any:
     if setup.zero is None or setup.zero.stage == 0:
         return PlainEngine(recorder, model, setup)
+    if setup.zero.stage == 3:
+        return Zero3Engine(recorder, model, setup)
     return ZeroEngine(recorder, model, setup)
 
 
@@ -147,6 +151,7 @@ def _train(subject: Subject, setup: RunSetup, engine: Any, recorder: Recorder, w
             engine.backward(loss, boundary=number == micro_batches - 1)
             del loss
         recorder.phase = "step"
+        recorder.phases["step"] = max(recorder.phases.get("step", 0), recorder.live)
         engine.step()
         del held
 

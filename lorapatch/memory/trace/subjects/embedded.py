@@ -17,9 +17,9 @@ from lorapatch.errors import Refused
 from lorapatch.memory.model import RunSetup
 from lorapatch.memory.trace import quantised
 from lorapatch.memory.trace.fake import made_on_meta
+from lorapatch.memory.trace.subjects.plain import count
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 from lorapatch.memory.trace.subjects.towers import SELECT_LAYER, aux_config
-from lorapatch.trainer.counting import count_parameters
 from lorapatch.trainer.lora import add_lora
 from lorapatch.trainer.model import BRIDGE, CAUSAL_SDPA, mgm_config
 from lorapatch.trainer.towers import ClipTower, ConvNextTower, image_statistics
@@ -55,7 +55,7 @@ def build(setup: RunSetup) -> Subject:
         model.enable_input_require_grads()
     with made_on_meta(weights):
         wrapped = _choose_trainable(model, setup)
-    counts = count_parameters(wrapped)
+    total, trainable, lora = count(wrapped)
     if setup.gradient_checkpointing:
         wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": setup.use_reentrant})
     wrapped.train()
@@ -66,9 +66,9 @@ def build(setup: RunSetup) -> Subject:
         make_batch=lambda: _batch(setup, model),
         forward=lambda module, batch: module(**batch),
         vocabulary=int(config.vocab_size),
-        total=counts.total,
-        trainable=counts.trainable,
-        lora=counts.lora,
+        total=total + sum(count(tower)[0] for tower in model.towers),
+        trainable=trainable,
+        lora=lora,
         assumed=["stochastic depth in the aux tower is off"],
     )
 

@@ -16,7 +16,7 @@ from lorapatch.memory.trace import quantised
 from lorapatch.memory.trace.fake import made_on_meta
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 
-__all__ = ["add_lora", "build", "count", "from_config", "linear_names", "read_config"]
+__all__ = ["add_lora", "build", "cast", "checkpoint", "count", "from_config", "linear_names", "read_config", "version_of"]
 
 
 def build(setup: RunSetup) -> Subject:
@@ -26,12 +26,13 @@ def build(setup: RunSetup) -> Subject:
     with made_on_meta(dtype):
         model = from_config("AutoModelForCausalLM", config, setup)
         quantised.replace(model, setup, skip=("lm_head",))
+        quantised.prepare(model, setup)
         if setup.gradient_checkpointing:
             model.enable_input_require_grads()
         if setup.method == "lora":
             model = add_lora(model, setup, keep_dtype=setup.zero is not None)
-    if setup.zero is not None:  # DeepSpeed casts the whole model
-        model.to(dtype)
+    if setup.zero is not None:
+        cast(model, dtype)
     checkpoint(model, setup)
     model.train()
     total, trainable, lora = count(model)
@@ -86,6 +87,13 @@ def from_config(auto: str, config: Any, setup: RunSetup) -> Any:
     model.tie_weights()
     model.config.use_cache = False
     return model
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """DeepSpeed's cast of every parameter that is not packed."""
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
 
 
 def checkpoint(model: Any, setup: RunSetup) -> None:

@@ -17,7 +17,7 @@ from transformers import CLIPVisionModel
 from lorapatch.memory.model import RunSetup
 from lorapatch.memory.trace import quantised
 from lorapatch.memory.trace.fake import made_on_meta
-from lorapatch.memory.trace.subjects.plain import add_lora, checkpoint, count, from_config, read_config, version_of
+from lorapatch.memory.trace.subjects.plain import add_lora, cast, checkpoint, count, from_config, read_config, version_of
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 from lorapatch.memory.trace.subjects.towers import SELECT_LAYER, aux_config
 from lorapatch.trainer.towers import ClipTower, ConvNextTower
@@ -32,6 +32,7 @@ def build(setup: RunSetup) -> Subject:
     with made_on_meta(dtype):
         language = from_config("AutoModelForCausalLM", config, setup)
         quantised.replace(language, setup, skip=("lm_head",))
+        quantised.prepare(language, setup)
         if setup.gradient_checkpointing:
             language.enable_input_require_grads()
         if setup.method == "lora":
@@ -41,7 +42,7 @@ def build(setup: RunSetup) -> Subject:
         model.requires_grad_(False)
         model.mm_projector.requires_grad_(True)
     if setup.zero is not None:
-        model.to(dtype)
+        cast(model, dtype)
     checkpoint(language, setup)
     model.train()
     total, trainable, lora = count(model)

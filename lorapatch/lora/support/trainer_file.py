@@ -18,7 +18,9 @@ def find_trainer(name: str, *, module: bool, script_dir: Path, roots: Sequence[P
 
     Looked for under ``roots``, then in the script's folder and those above it, since scripts are often started from
     their project's root. Last, the end of the path is tried under ``roots``: a script that stands elsewhere than its
-    toolkit, or a variable that only a run can tell, does not hide a trainer whose folder was given.
+    toolkit, or a variable that only a run can tell, does not hide a trainer whose folder was given. Behind such a
+    variable (``$PWD/llava/train/train_mem.py``) the whole rest of the path is looked for in the other folders too,
+    unless it is a file's name alone.
     """
     given = [Path(root).absolute() for root in roots]
     folders = list(dict.fromkeys([*given, *guess_roots(Path(script_dir).absolute())]))
@@ -29,19 +31,31 @@ def find_trainer(name: str, *, module: bool, script_dir: Path, roots: Sequence[P
         found = next((path for path in candidates if path.is_file()), None)
         if found:
             return found
-    return _by_its_end(name, given)
+    return _by_its_end(name, given) or _behind_variables(name, folders)
 
 
 def _by_its_end(name: str, roots: Sequence[Path]) -> Path | None:
     """``mgm/train/train_mem.py`` of ``$TOP/training/mgm/train/train_mem.py``, under the folders that were given."""
-    parts = [part for part in name.split("/") if part]
-    parts = parts[max((i + 1 for i, part in enumerate(parts) if "$" in part or "`" in part), default=0) :]
+    parts = _known_parts(name)
     for start in range(len(parts)):
         for root in roots:
             path = root.joinpath(*parts[start:])
             if path.suffix == ".py" and path.is_file():
                 return path
     return None
+
+
+def _behind_variables(name: str, folders: Sequence[Path]) -> Path | None:
+    parts = _known_parts(name)
+    if len(parts) < 2 or not ("$" in name or "`" in name):
+        return None
+    return next((path for folder in folders if (path := folder.joinpath(*parts)).is_file()), None)
+
+
+def _known_parts(name: str) -> list[str]:
+    """The parts of a path behind the last one that only a run can tell."""
+    parts = [part for part in name.split("/") if part]
+    return parts[max((i + 1 for i, part in enumerate(parts) if "$" in part or "`" in part), default=0) :]
 
 
 def _module_file(name: str, folders: Sequence[Path]) -> Path | None:

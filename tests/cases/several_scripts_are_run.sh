@@ -1,0 +1,4 @@
+#!/bin/bash
+DATA=data/blip.json
+bash scripts/pretrain.sh "$DATA"
+./scripts/finetune.sh "$DATA"
