@@ -96,10 +96,13 @@ def _subject(setup: RunSetup) -> Subject:
     return plain.build(setup)
 
 
-def trace_subject(subject: Subject, setup: RunSetup, architecture: int) -> Recorder:
-    """Load ``subject``, train it, and give back what was recorded."""
+def trace_subject(subject: Subject, setup: RunSetup, architecture: int, mode: Any = None) -> Recorder:
+    """Load ``subject``, train it, and give back what was recorded.
+
+    ``mode`` makes its tensors (a FakeTensorMode without it; under nullcontext they are real, and empty at first).
+    """
     recorder = Recorder(CachingAllocator(settings()))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
     with mode, recorder, cuda_kernels(recorder):
         zero = setup.zero
         partitioned = zero is not None and zero.stage == 3 and (setup.gpus > 1 or zero.offload_param)

@@ -130,7 +130,8 @@ def add_lora(model: Any, setup: RunSetup, *, keep_dtype: bool, skip: tuple[str, 
     options: dict[str, Any] = {"use_rslora": True} if lora.variant == "rslora" else {}
     if lora.variant == "dora":
         options["use_dora"] = True
-    config = LoraConfig(
+    make: Any = LoraConfig
+    config = make(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=wanted,
         task_type="CAUSAL_LM", **options,
     )  # fmt: skip
@@ -138,7 +139,8 @@ def add_lora(model: Any, setup: RunSetup, *, keep_dtype: bool, skip: tuple[str, 
     if "autocast_adapter_dtype" not in inspect.signature(get_peft_model).parameters:
         extra = {}
     try:
-        return get_peft_model(model, config, **extra)
+        wrap: Any = get_peft_model
+        return wrap(model, config, **extra)
     except ValueError as error:
         raise Refused(f"LoRA does not fit {setup.model}: {str(error).splitlines()[0]}") from error
 

@@ -152,8 +152,9 @@ def _projector(kind: str, width: int, hidden: int) -> nn.Module:
 
 def _batch(setup: RunSetup, model: _Upstream) -> dict[str, Tensor]:
     """Images come to the GPU as float32, and DeepSpeed's run makes them 16 bits wide beside that."""
-    clip_size = int(model.clip.config.image_size)
-    grid = clip_size // int(model.clip.config.patch_size)
+    clip: Any = model.clip.config
+    clip_size = int(clip.image_size)
+    grid = clip_size // int(clip.patch_size)
     count = setup.micro_batch * setup.images
     text = max(setup.sequence - setup.images * grid * grid, 2)
     batch = {
