@@ -14,6 +14,7 @@ __all__ = ["Fitting", "gib", "speed_score"]
 # A prediction has to leave this share of the budget free; host memory wavers more.
 _MARGIN, _HOST_MARGIN = 0.02, 0.05
 _STEEPEST = 3.0
+_TRACES = 2
 _NEARLY = 0.9  # below this share of what is expected a budget is hopeless
 # Seconds of a sample: the forward and backward pass (a third more with checkpoints), and a part that every micro-batch
 # takes however small it is, spread over its samples. Measured on MGM-2B, one H200: 0.16 s and 0.032 s a sample.
@@ -43,6 +44,7 @@ class Fitting:
     def __init__(self, space: Space, goal: Goal, trials: Sequence[Trial], predict: Predict) -> None:
         self.space, self.goal, self.trials, self._predict = space, goal, trials, predict
         self._known: dict[Configuration, int | None] = {}
+        self._traced: list[tuple[int, int]] = []  # closed form, trace
 
     def expected(self, configuration: Configuration) -> int | None:
         """Bytes: measured if it was run, else predicted and corrected. None where nobody can say."""
@@ -60,6 +62,7 @@ class Fitting:
         # Host memory is another thing than what is predicted: only what was measured says how they go together.
         steepest = math.inf if self.space.host else _STEEPEST
         points, full = self._points(configuration)
+        points = points or self._traced
         size = corrected(prediction, [*points, full] if full is not None else points, steepest)
         if full is not None and prediction.expected >= full[0]:
             return max(size, full[1] + prediction.expected - full[0])
@@ -96,13 +99,18 @@ class Fitting:
         return size is not None and size * (1 + margin) <= self.goal.budget_B and not self.barred(configuration)
 
     def confirmed(self, configuration: Configuration) -> bool:
-        """`fits` once more, by a trace where the closed form's bounds leave it open and nothing was measured yet."""
+        """`fits` once more, by a trace where the closed form's bounds leave it open and nothing was measured yet.
+
+        A trace takes as long as a short run: two at most, and each corrects the closed form of the others.
+        """
         prediction = self._predict(configuration, False)
-        if prediction is None or self.trials or self.space.host or prediction.high <= self.goal.budget_B:
+        open_ = prediction is not None and prediction.high > self.goal.budget_B and len(self._traced) < _TRACES
+        if prediction is None or not open_ or self.trials or self.space.host or not self.fits(configuration):
             return self.fits(configuration)
         exact = self._predict(configuration, True)
         if exact is not None:
-            self._known[configuration] = exact.expected
+            self._traced.append((prediction.expected, exact.expected))
+            self._known = {configuration: exact.expected}
         return self.fits(configuration)
 
     def may_fit(self, configuration: Configuration) -> bool:

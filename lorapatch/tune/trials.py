@@ -65,7 +65,7 @@ class Runner:
         options = replace(
             self.options,
             timeout_s=timeout_s,
-            predicted=predicted._asdict() if predicted is not None else None,
+            predicted=_as_estimate(predicted) if predicted is not None else None,
         )
         subject = Subject(self.tuned.path, self.tuned.original, script, launch.line)
         report = run_stage(subject, launch, stage, options, _Steps(self.view))
@@ -103,6 +103,12 @@ class Runner:
         share = (self.goal.budget_B - outside) / total if total else 1.0
         given = float(os.environ.get(FRACTION) or 1.0)
         return {FRACTION: f"{min(max(share, 0.01), given):.4f}"} if min(share, given) < 1 else {}
+
+
+def _as_estimate(predicted: Prediction) -> dict[str, Any]:
+    """A prediction as `lorapatch.estimate` would put it into a run's record."""
+    device = {"low": predicted.low, "expected": predicted.expected, "high": predicted.high}
+    return {"device": device, "breakdown": {"way": predicted.way}}
 
 
 @dataclass(frozen=True)

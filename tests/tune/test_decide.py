@@ -119,7 +119,7 @@ def test_a_trace_is_asked_for_only_where_the_closed_form_leaves_it_open() -> Non
     world = World()
     decide(space(), budget(24), [], world.predict)
     traced = [c for c, exact in world.asked if exact]
-    assert len(traced) <= 3
+    assert 1 <= len(traced) <= 2
     world = World()
     decide(space(), budget(500), [], world.predict)
     assert not any(exact for _, exact in world.asked)
