@@ -111,7 +111,10 @@ def test_a_damaged_or_missing_configuration_is_refused(tmp_path: Path) -> None:
     (damaged / "config.json").write_text("{")
     assert "config.json" in refusal_inside(replace(text_run(tmp_path), model=damaged))
     missing = tmp_path / "nothing"
-    assert refusal_inside(replace(text_run(tmp_path), model=missing)) == f"{missing} has no config.json: the model's shape is not known"
+    assert (
+        refusal_inside(replace(text_run(tmp_path), model=missing))
+        == f"{missing} has no config.json: the model's shape is not known"
+    )
 
 
 def test_the_embedded_trainers_own_refusals_come_through(tmp_path: Path) -> None:
