@@ -13,6 +13,7 @@ SCRIPT ?= $(DEFAULT)
 SMOKE_OPTIONS ?=
 BUDGET ?= 24GiB
 TUNE_OPTIONS ?=
+TEMPLATES := $(filter-out stage,$(patsubst templates/%.sh.j2,%,$(wildcard templates/*.sh.j2)))
 RUFF := --target-version py310 --line-length 128 --select E,F,W,I,B,UP --ignore B905
 export PATH := $(abspath $(BIN)):$(PATH)
 export DS_BUILD_OPS := 0
@@ -67,7 +68,9 @@ full: $(VENV)/training $(WORK)
 	$(BIN)/lorapatch full $(WORK)
 
 check: $(VENV)/patching
-	$(BIN)/lorapatch check $(DEFAULT) $(if $(filter $(DEFAULT),$(SCRIPT)),,$(SCRIPT))
+	rm -rf build/check && mkdir -p build/check
+	for name in $(TEMPLATES); do $(BIN)/lorapatch render $(DEFAULT) --template $$name -o build/check/$$name.sh || exit 1; done
+	$(BIN)/lorapatch check original_scripts/*.sh build/check/*.sh $(if $(filter $(DEFAULT),$(SCRIPT)),,$(SCRIPT))
 
 test: $(VENV)/testing
 	$(BIN)/python -m pytest

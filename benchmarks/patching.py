@@ -51,6 +51,24 @@ def whole_process(rounds: int = 15) -> None:
     print(f"import click, bashlex, tree_sitter {other * 1e3:7.0f} ms    ratio {one / other:.2f}")
 
 
+def hundred_checks(rounds: int = 3) -> None:
+    """`lorapatch check` of a hundred scripts as one process, for each script, against a start with the same imports."""
+    program = str(Path(sys.executable).with_name("lorapatch"))
+    starts, checks = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"run{number}.sh") for number in range(100)]
+        for number, path in enumerate(paths):
+            path.write_bytes(SCRIPT.read_bytes().replace(b"2e-5", b"%de-5" % (number + 1)))
+        for _ in range(rounds):
+            peer = [sys.executable, "-c", "import click, tree_sitter, tree_sitter_bash"]
+            starts.append(seconds(lambda peer=peer: subprocess.run(peer, check=True)))
+            ours = [program, "check", *map(str, paths)]
+            checks.append(seconds(lambda ours=ours: subprocess.run(ours, capture_output=True)) / len(paths))
+    one, start = statistics.median(checks), statistics.median(starts)
+    print(f"lorapatch check, each of 100       {one * 1e3:7.0f} ms")
+    print(f"import click, tree_sitter          {start * 1e3:7.0f} ms    ratio {one / start:.2f}")
+
+
 def corpus(folder: Path | None) -> list[bytes]:
     """A thousand scripts: those of the folder, again and again, each with a line of its own."""
     files = sorted((folder or ROOT / "tests" / "cases").rglob("*.sh"))
@@ -103,5 +121,6 @@ def long_scripts() -> None:
 
 if __name__ == "__main__":
     whole_process()
+    hundred_checks()
     many_scripts(corpus(Path(sys.argv[1]) if sys.argv[1:] else None))
     long_scripts()

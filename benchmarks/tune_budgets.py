@@ -64,8 +64,10 @@ def _reserved(folder: Path) -> int | None:
     return int(found) if found else None
 
 
-def run_alone(script: Path, budget_GiB: float, options: argparse.Namespace, micro_batch: int | None) -> dict[str, Any]:
-    """A few steps of a script that is LoRA already, with nothing else on the card; ``micro_batch`` instead of its own."""
+def run_alone(
+    script: Path, budget_GiB: float, options: argparse.Namespace, predicted: Any, micro_batch: int | None = None
+) -> dict[str, Any]:
+    """A few steps of a script with nothing else on the card; the script of the plan with ``micro_batch``, else as it is."""
     from lorapatch.lora.flags import PatchOptions
     from lorapatch.run.runs import RunOptions
     from lorapatch.run.view import PlainView
@@ -84,7 +86,7 @@ def run_alone(script: Path, budget_GiB: float, options: argparse.Namespace, micr
     )  # fmt: skip
     # At most eight micro-steps a step: the optimizer's own time, a few ms of LoRA, is all that changes with more.
     shown = replace(configuration, accumulation=min(configuration.accumulation, 8))
-    trial = runner(1, Decision("alone", shown, "learn", ALONE_STEPS), None, options.alone_limit)
+    trial = runner(1, Decision("alone", shown, "learn", ALONE_STEPS), predicted, options.alone_limit)
     return {**trial.as_dict(), "reserved_B": _reserved(options.work / "alone" / trial.folder), "words": configuration.words()}
 
 
@@ -109,16 +111,21 @@ def _size(value: int | None) -> str:
 
 def compare(options: argparse.Namespace, sessions: list[dict[str, Any]], plan: Path) -> dict[str, Any]:
     """Each winner and the plan's settings by themselves, one after another."""
+    from lorapatch.tune import Prediction
+
     largest = max(options.budgets)
     print("\n| alone | configuration | samples/s | times the plan's | peak | reserved | outcome |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    results: dict[str, Any] = {"plan": run_alone(plan, largest, options, 1)}
+    # The context is the same for all; without a prediction of it the driver's figure for the card is taken.
+    known = next((trial["predicted"] for found in sessions for trial in found["trials"] if trial["predicted"]), None)
+    predicted = Prediction(**known) if known else None
+    results: dict[str, Any] = {"plan": run_alone(plan, largest, options, predicted, 1)}
     slow = results["plan"]["samples_per_s"]
     _print_alone("the plan's", results["plan"], slow)
     for found in sorted(sessions, key=lambda session: -session["budget_GiB"]):
         if found["script"]:
             name = f"{found['budget_GiB']:g} GiB"
-            results[name] = run_alone(Path(found["script"]), found["budget_GiB"], options, None)
+            results[name] = run_alone(Path(found["script"]), found["budget_GiB"], options, predicted)
             _print_alone(name, results[name], slow)
     return results
 

@@ -244,6 +244,14 @@ def test_check_tells_file_line_rule_and_remedy(script: Path) -> None:
     assert run("check", "train.sh").exit_code == 0
 
 
+@pytest.mark.parametrize("name", ["test_lora_minimal", "probe", "full", "sbatch", "multinode"])
+def test_check_finds_no_fault_in_what_is_rendered(script: Path, name: str) -> None:
+    plan = resource_dir("original_scripts") / "train_mgm_2b_stage_1_10k_baseline.sh"
+    assert run("render", str(plan), "--template", name, "-o", "rendered.sh").exit_code == 0
+    result = run("check", "rendered.sh")
+    assert result.exit_code == 0 and ": 0 errors" in result.stdout, result.stdout
+
+
 def test_check_knows_its_rules(script: Path) -> None:
     assert "LP101" in run("check", "--list").stdout
     result = run("check", "train.sh", "--select", "LP999")

@@ -63,6 +63,8 @@ class _Commands(click.Group):
             fail(f"{what}: {error.strerror or error}")
             sys.stdout = open(os.devnull, "w")  # no second attempt at the end
             ctx.exit(3)
+        finally:
+            gc.freeze()  # nor is garbage looked for once more, which takes as long again
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_MODULE_OF)

@@ -62,7 +62,7 @@ def plain(text: bytes, offsets: Sequence[int], where: str) -> Embedded:
 
 def variable_in(word: bytes) -> tuple[str, bool, bool] | None:
     """For a word that is one variable: its name, whether it is quoted, whether it is ``[@]``. None for other words."""
-    match = _WORD.fullmatch(word)
+    match = _WORD.fullmatch(word) if b"$" in word else None
     if match is None or (word[:1] == b'"') != (word[-1:] == b'"'):
         return None
     return (match[1] or match[2]).decode(), word[:1] == b'"', bool(match[3])

@@ -141,8 +141,9 @@ def _said(text: str) -> list[tuple[str, int, str]]:
 def _names(launch: Launch, outline: Outline) -> list[tuple[str, str, int]]:
     """(what it is, its text, its weight) of the names around a launch."""
     found = [("the trainer's name", launch.trainer.name.rsplit("/", 1)[-1], 2)]
+    flags = {flag.name.lstrip("-").replace("-", "_"): flag for flag in launch.flags}  # the last counts
     for name in _NAMING_FLAGS:
-        flag = launch.flag(name)
+        flag = flags.get(name)
         if flag is not None:
             found.append((flag.name, flag.value if flag.value is not None else flag.text, 2))
             found.append((f"the variable in {flag.name}", flag.text if "$" in flag.text else "", 2))

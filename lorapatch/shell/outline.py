@@ -257,7 +257,7 @@ def _find_expansions(part: Node, expansions: list[Span], inner: list[Node]) -> N
         if node.type in EXPANSIONS:
             expansions.append(_span(node))
             inner.append(node)
-        elif node.type != "heredoc_body":
+        elif node.named_child_count and node.type != "heredoc_body":
             stack.extend(reversed(node.named_children))
 
 

@@ -37,6 +37,8 @@ _OPERATIONS: dict[type, Callable[[int, int], int]] = {
     ast.Div: lambda a, b: int(a / b),
     ast.Mod: lambda a, b: a - b * int(a / b),
 }
+_READERS = {b"read", b"mapfile", b"readarray", b"getopts"}
+_MOVERS = {b"cd", b"pushd", b"popd"}
 _NO_LEAK = {"subshell", "substitution"}
 _LOOPS = {"for", "while"}
 _DEPTH = 40  # variables that refer to variables
@@ -65,10 +67,10 @@ class Values:
         self._stays = True  # in the folder that it is started in
         self._unknown = {name for name, _ in self.outline.loop_variables}
         for command in self.outline.commands:
-            words = [self.outline.source[slice(*span)].decode("latin-1") for span in command.words]
-            if words[:1] in (["read"], ["mapfile"], ["readarray"], ["getopts"]):
-                self._unknown.update(words[1:])
-            if words[:1] in (["cd"], ["pushd"], ["popd"]):
+            program = self.outline.source[slice(*command.words[0])] if command.words else b""
+            if program in _READERS:
+                self._unknown.update(self.outline.source[slice(*span)].decode("latin-1") for span in command.words[1:])
+            elif program in _MOVERS:
                 self._stays &= bool(_NO_LEAK & {kind for kind, _ in command.context})
         self._defaults = {m[1].decode(): m for m in _DEFAULT.finditer(self.outline.source)}
         self._busy: set[str] = set()
@@ -80,6 +82,8 @@ class Values:
 
         Raises Unresolved.
         """
+        if _ORDINARY.fullmatch(text):
+            return text
         out: list[str] = []
         i, quoted = 0, False
         while i < len(text):

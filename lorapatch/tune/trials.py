@@ -25,7 +25,7 @@ __all__ = ["FRACTION", "Runner", "RunTrial"]
 FRACTION = "LORAPATCH_MEMORY_FRACTION"
 # CUDA context, cuBLAS, NCCL, where no prediction says: seen between 0.5 and 2.3 GiB; and how far off a prediction may be.
 _OUTSIDE = 1 << 30
-_SPREAD = 3 << 28
+_SPREAD, _MOST_OUTSIDE = 3 << 28, 3 << 30
 # On a GPU a probe needs no more micro-steps than it takes for gradients to be added to others; host memory goes on growing
 # with the samples that went through it, so there a probe has the whole batch.
 _PROBE_ACCUMULATION = 2
@@ -144,11 +144,12 @@ def measured_bytes(record: Mapping[str, Any], predicted: Prediction | None) -> i
         return memory["host_rss_peak_B"] or None
     before = max((gpu["before_B"] or 0 for gpu in memory["gpus"] if gpu["index"] in memory["gpus_of_run"]), default=0)
     device = int(memory["device_peak_B"]) - before
-    outside = predicted.outside if predicted is not None and predicted.outside else _OUTSIDE
     reserved = speed.get("peak_reserved_B")
-    if not reserved or abs(device - reserved - outside) <= _SPREAD:
+    known = predicted.outside if predicted is not None else 0
+    rest = device - int(reserved or 0)
+    if not reserved or (abs(rest - known) <= _SPREAD if known else 0 < rest <= _MOST_OUTSIDE):
         return device
-    return int(reserved) + outside
+    return int(reserved) + (known or _OUTSIDE)
 
 
 def _losses(report: Report) -> tuple[float, ...]:

@@ -261,6 +261,14 @@ def test_argparse_options_have_their_kinds(tmp_path: Path) -> None:
     assert support.flag("--learning_rate").state == "unknown"
 
 
+def test_unknown_flags_that_the_trainer_itself_refuses_are_unknown(tmp_path: Path) -> None:
+    refuses = "args, rest = parser.parse_known_args(today(sys.argv))\n    if rest: raise SystemExit(rest)\n    return args"
+    rename = '\nRENAMED = {"old_rank": "rank"}\ndef today(words): return [RENAMED.get(word, word) for word in words]\n'
+    support = read(tmp_path, {"train.py": rename + ARGPARSE.replace("return parser.parse_args()", refuses)})
+    assert support.flag("--nothing").state == "unknown"
+    assert support.flag("--old_rank").state == "unsure" and "may stand for another" in support.flag("--old_rank").sentence
+
+
 def test_parse_known_args_leaves_unknown_flags_unsure(tmp_path: Path) -> None:
     source = ARGPARSE.replace("parser.parse_args()", "parser.parse_known_args()[0]")
     found = read(tmp_path, {"train.py": source}).flag("--lora_enable")

@@ -13,16 +13,25 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from tiny_runs import ZERO2, ZERO3, mgm_run, text_run, true_mgm_run  # noqa: E402
+
 from lorapatch.memory.model import CATEGORIES, LoraSetup, RunSetup  # noqa: E402
 from lorapatch.memory.trace.recorder import Recorder  # noqa: E402
 from lorapatch.memory.trace.run import measure, trace_subject  # noqa: E402
 from lorapatch.memory.trace.subjects import embedded, plain, upstream  # noqa: E402
-from tiny_runs import ZERO2, ZERO3, mgm_run, text_run, true_mgm_run  # noqa: E402
 
 WORKSPACES = 2 * 32 * (1 << 20)  # cuBLAS on Hopper, for two threads
 HIDDEN, INTER, VOCABULARY, LAYERS, RANK = 64, 128, 512, 2, 4
 KEYS = 32  # two groups of 16
-LINEARS = [(HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN), (HIDDEN, HIDDEN), (INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER)]
+LINEARS = [
+    (HIDDEN, HIDDEN),
+    (KEYS, HIDDEN),
+    (KEYS, HIDDEN),
+    (HIDDEN, HIDDEN),
+    (INTER, HIDDEN),
+    (INTER, HIDDEN),
+    (HIDDEN, INTER),
+]
 
 
 def block(elements: int, width: int) -> int:
@@ -220,5 +229,3 @@ def test_an_unknown_optimizer_is_taken_for_adamw_and_said(tmp_path: Path) -> Non
 def test_the_cublas_workspace_depends_on_the_card(tmp_path: Path) -> None:
     hopper, ampere = (measure(text_run(tmp_path), capability) for capability in (90, 80))
     assert hopper.categories["buffers"] - ampere.categories["buffers"] == WORKSPACES - 2 * (8 * (1 << 20) + 128 * 1024)
-
-

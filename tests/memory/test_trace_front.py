@@ -13,7 +13,9 @@ import pytest
 from tiny_runs import GEMMA, folder, mgm_run, text_run
 
 from lorapatch.errors import Refused
+from lorapatch.memory.model import RunSetup
 from lorapatch.memory.trace import trace
+from lorapatch.memory.trace.__main__ import answer
 from lorapatch.memory.trace.exchange import breakdown_from, breakdown_to, setup_from, setup_to
 
 
@@ -23,6 +25,13 @@ def refusal(*args: object, **options: object) -> str:
     message = str(caught.value)
     assert "\n" not in message
     assert "Traceback" not in message
+    return message
+
+
+def refusal_inside(setup: RunSetup) -> str:
+    """What the traced process answers, without the process."""
+    message: str = answer({"setup": setup_to(setup), "architecture": 90})["refused"]
+    assert "\n" not in message
     return message
 
 
@@ -92,7 +101,7 @@ def test_the_traced_process_sees_no_gpu_no_network_and_this_package(tmp_path: Pa
 )
 def test_a_configuration_that_makes_no_model_is_refused(tmp_path: Path, config: dict[str, object], said: str) -> None:
     pytest.importorskip("transformers")
-    assert said in refusal(replace(text_run(tmp_path), model=folder(tmp_path / "odd", config)))
+    assert said in refusal_inside(replace(text_run(tmp_path), model=folder(tmp_path / "odd", config)))
 
 
 def test_a_damaged_or_missing_configuration_is_refused(tmp_path: Path) -> None:
@@ -100,13 +109,16 @@ def test_a_damaged_or_missing_configuration_is_refused(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "config.json").write_text("{")
-    assert "config.json" in refusal(replace(text_run(tmp_path), model=damaged))
+    assert "config.json" in refusal_inside(replace(text_run(tmp_path), model=damaged))
     missing = tmp_path / "nothing"
-    assert refusal(replace(text_run(tmp_path), model=missing)) == f"{missing} has no config.json: the model's shape is not known"
+    assert (
+        refusal_inside(replace(text_run(tmp_path), model=missing))
+        == f"{missing} has no config.json: the model's shape is not known"
+    )
 
 
 def test_the_embedded_trainers_own_refusals_come_through(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     odd = folder(tmp_path / "odd", GEMMA | {"model_type": "gpt2"})
-    assert "holds a 'gpt2' model; the trainer knows gemma" in refusal(replace(mgm_run(tmp_path), model=odd))
-    assert "multiple of 16" in refusal(mgm_run(tmp_path, image_size_aux=72))
+    assert "holds a 'gpt2' model; the trainer knows gemma" in refusal_inside(replace(mgm_run(tmp_path), model=odd))
+    assert "multiple of 16" in refusal_inside(mgm_run(tmp_path, image_size_aux=72))

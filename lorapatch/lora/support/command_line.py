@@ -34,13 +34,17 @@ _DEEPSPEED_OPTIONS = {
 
 @dataclass
 class CommandLine:
-    """``options`` by spelling. ``open_because``: why a flag that is not among them may be accepted all the same."""
+    """``options`` by spelling. ``open_because``: why a flag that is not among them may be accepted all the same.
+
+    ``rewritten``: names that may stand for options, since the trainer rewrites its words before it parses them.
+    """
 
     options: dict[str, Option] = field(default_factory=dict)
     parsers: list[str] = field(default_factory=list)
     training_arguments: set[str] = field(default_factory=set)
     open_because: list[tuple[Place, str]] = field(default_factory=list)
     abbreviations: bool = False
+    rewritten: set[str] = field(default_factory=set)
     declared_twice: list[tuple[str, Option, Option]] = field(default_factory=list)
 
     def add(self, option: Option) -> None:
@@ -77,9 +81,12 @@ class _Reader:
         last = last_name(call.func)
         if last == "add_argument" and isinstance(call.func, ast.Attribute):
             self._add_argument(unit, call)
+        elif _keeps_unknown(call) and _refuses_rest(unit, call):
+            if call.args:  # words that may have been rewritten: whoever does that names them
+                self.line.rewritten |= {text for other in unit.source.units for text in other.strings}
         elif last in ("parse_known_args", "parse_known_intermixed_args"):
             self._open(unit, call, "it reads its flags with parse_known_args, which lets unknown ones pass")
-        elif last == "parse_args_into_dataclasses" and _keyword_is_true(call, "return_remaining_strings"):
+        elif _keeps_unknown(call):
             self._open(unit, call, "it keeps the flags that it does not know (return_remaining_strings)")
         elif _keyword_is_true(call, "ignore_unknown_options") or _allows_unknown(call):
             self._open(unit, call, "its parser is told to ignore unknown options")
@@ -205,6 +212,23 @@ class _Reader:
 
     def _open(self, unit: Unit, node: ast.AST, reason: str) -> None:
         self.line.open_because.append((unit.place(node), reason))
+
+
+def _keeps_unknown(call: ast.Call) -> bool:
+    last = last_name(call.func)
+    remaining = last == "parse_args_into_dataclasses" and _keyword_is_true(call, "return_remaining_strings")
+    return remaining or last in ("parse_known_args", "parse_known_intermixed_args")
+
+
+def _refuses_rest(unit: Unit, call: ast.Call) -> bool:
+    """``args, rest = parser.parse_known_args()`` and then ``if rest: raise …``."""
+    statement = unit.source.parents.get(id(call))
+    target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+    rest = target.elts[-1] if isinstance(target, (ast.Tuple, ast.List)) and target.elts else None
+    if not isinstance(rest, ast.Name):
+        return False
+    tests = [node for node in unit.nodes if isinstance(node, ast.If) and last_name(node.test) == rest.id]
+    return any(isinstance(inner, ast.Raise) for test in tests for inner in test.body)
 
 
 def _keyword_is_true(call: ast.Call, name: str) -> bool:

@@ -148,7 +148,7 @@ class Project(Lookup):
                 yield path
                 if name not in _IMPORT_ONE and path.name == "__init__.py":
                     yield from sorted(path.parent.glob("*.py"))
-        if name in _IMPORT_ONE and not texts and not _imports_modules(unit.name):
+        if name in _IMPORT_ONE and not texts and not _imports_modules(unit.name) and unit.name != "__getattr__":
             self.complete = False  # but inside such a function, its callers give the names
 
 

@@ -93,6 +93,8 @@ class TrainerSupport:
         option = self.command_line.options.get(spelling)
         if option:
             return self._declared(spelling, option)
+        if {spelling, spelling.lstrip("-").replace("-", "_")} & self.command_line.rewritten:
+            return FlagSupport(spelling, "unsure", f"{self.trainer}: {spelling} may stand for another of its flags")
         return self._of_transformers(spelling) or self._abbreviated(spelling) or self._undeclared(spelling)
 
     def _declared(self, spelling: str, option: Option) -> FlagSupport:

@@ -197,10 +197,8 @@ def _cuda_lists() -> None:
 
 
 def _in_float32(operation: Any, takes_dtype: bool) -> Any:
-    off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(off):
+        with torch.autocast("cpu", enabled=False):
             if takes_dtype:
                 asked = kwargs.pop("dtype", None) or next((a for a in args if isinstance(a, torch.dtype)), None)
                 low = args[0].dtype in (torch.bfloat16, torch.float16)

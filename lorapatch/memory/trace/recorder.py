@@ -20,6 +20,8 @@ from lorapatch.memory.allocator import EMPTY_CACHE, CachingAllocator
 __all__ = ["Record", "Recorder"]
 
 _ANY = {getattr(torch.ops.aten.any, name) for name in torch.ops.aten.any.overloads()}
+# Before torch 2.1 a storage's Python object dies at once: whether the storage still lives has to be asked.
+_ASKED = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 1)
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
@@ -123,13 +125,7 @@ class Recorder(TorchDispatchMode):
             self._add_on_host(storage, key, nbytes)
             return
         number = self._allocate(nbytes, tuple(tensor.shape), tensor.dtype, category)
-
-        def gone(_: Any) -> None:
-            self._known.pop(key, None)
-            self._anys.discard(key)
-            self._release(number)
-
-        self._known[key] = (weakref.ref(storage, gone), number)
+        self._known[key] = (self._watch(storage, key), number)
 
     def temporary(self, nbytes: int, operation: str) -> None:
         """Memory that a kernel takes and gives back before it ends."""
@@ -152,13 +148,23 @@ class Recorder(TorchDispatchMode):
     def _add_on_host(self, storage: Any, key: int, nbytes: int) -> None:
         self.host_live += nbytes
         self.host_peak = max(self.host_peak, self.host_live)
-
-        def gone(_: Any) -> None:
-            self._known.pop(key, None)
-            self.host_live -= nbytes
-
         self.records.append(Record(nbytes, (), torch.uint8, self.phase, self._operation, "host", len(self.events), -1))
-        self._known[key] = (weakref.ref(storage, gone), len(self.records) - 1)
+        self._known[key] = (self._watch(storage, key), len(self.records) - 1)
+
+    def _watch(self, storage: Any, key: int) -> Any:
+        if not _ASKED:
+            return weakref.ref(storage, lambda _: self._gone(key))
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        return StorageWeakRef(storage)
+
+    def _gone(self, key: int) -> None:
+        number = self._known.pop(key)[1]
+        self._anys.discard(key)
+        if self.records[number].category == "host":
+            self.host_live -= self.records[number].nbytes
+        else:
+            self._release(number)
 
     def _allocate(self, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype, category: str | None) -> int:
         number = len(self.records)
@@ -183,6 +189,9 @@ class Recorder(TorchDispatchMode):
         self.live -= record.nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _ASKED:
+            for key in [key for key, (watch, _) in self._known.items() if watch.expired()]:
+                self._gone(key)
         self._operation = func.__name__ if hasattr(func, "__name__") else str(func)
         try:
             out = func(*args, **(kwargs or {}))

@@ -54,9 +54,7 @@ def measure(setup: RunSetup, architecture: int) -> Breakdown:
         phases=recorder.phases,
         phase=at.phase,
         operation=at.operation,
-        biggest=tuple(
-            BigTensor(r.nbytes, r.shape, str(r.dtype).removeprefix("torch."), r.phase, r.operation) for r in biggest
-        ),
+        biggest=tuple(BigTensor(r.nbytes, r.shape, str(r.dtype).removeprefix("torch."), r.phase, r.operation) for r in biggest),
         reserved=recorder.allocator.peak_reserved,
         host=recorder.host_peak,
         total_parameters=subject.total,

@@ -53,7 +53,7 @@ def build(setup: RunSetup) -> Subject:
             model.set_attn_implementation(CAUSAL_SDPA)
     if setup.gradient_checkpointing:
         model.enable_input_require_grads()
-    with made_on_meta(weights):
+    with made_on_meta(torch.float32):
         wrapped = _choose_trainable(model, setup)
     total, trainable, lora = count(wrapped)
     if setup.gradient_checkpointing:

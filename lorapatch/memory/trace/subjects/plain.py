@@ -3,6 +3,7 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from typing import Any
@@ -29,6 +30,7 @@ def build(setup: RunSetup) -> Subject:
         quantised.prepare(model, setup)
         if setup.gradient_checkpointing:
             model.enable_input_require_grads()
+    with made_on_meta(torch.float32):  # what a trainer adds has torch's own dtype
         if setup.method == "lora":
             model = add_lora(model, setup, keep_dtype=setup.zero is not None)
     if setup.zero is not None:
@@ -74,16 +76,23 @@ def from_config(auto: str, config: Any, setup: RunSetup) -> Any:
     """A model with random weights by the auto class ``auto``; call it inside :func:`made_on_meta`."""
     import transformers
 
-    dtype = DTYPES[setup.dtype]
     name = "dtype" if version_of("transformers") >= (4, 56) else "torch_dtype"
-    attention = "eager" if setup.attention == "eager" else "sdpa"
+    flash = setup.attention.startswith("flash")
+    if flash and version_of("transformers") < (4, 48):  # sdpa's kernel is flash's; an old torch counts as able
+        transformers.modeling_utils.is_torch_sdpa_available = lambda: True
+    make = functools.partial(getattr(transformers, auto).from_config, config, **{name: DTYPES[setup.dtype]})
     try:
-        model = getattr(transformers, auto).from_config(config, attn_implementation=attention, **{name: dtype})
+        try:
+            model = make(attn_implementation="eager" if setup.attention == "eager" else "sdpa")
+        except (ImportError, ValueError) as error:  # a torch or a model without it: transformers falls back, too
+            if "scaled_dot_product_attention" not in str(error) and "SDPA" not in str(error):
+                raise
+            model = make(attn_implementation="eager")
     except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise Refused(f"{setup.model}/config.json: this transformers cannot make a model of it ({reason})") from error
-        model = getattr(transformers, auto).from_config(config, attn_implementation="eager", **{name: dtype})
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Refused(f"{setup.model}/config.json: this transformers cannot make a model of it ({reason})") from error
+    if flash and version_of("transformers") < (4, 48):
+        model.config._attn_implementation = "flash_attention_2"  # what the mask is decided by; layers are made already
     model.tie_weights()
     model.config.use_cache = False
     return model
