@@ -127,7 +127,8 @@ class _Session:
         for item in decision.skipped:
             self.view.say(f"skipped: {item.configuration.unlike(self.space.start)}: {item.reason}")
         words = configuration.unlike(self.space.start)
-        self.view.say(f"run {number}, {decision.purpose} of {decision.steps} steps: {words}\n    because {decision.reason}")
+        steps = f"{decision.steps} step{'s' * (decision.steps != 1)}"
+        self.view.say(f"run {number}, {decision.purpose} of {steps}: {words}\n    because {decision.reason}")
         if configuration.max_length != self.space.start.max_length and self.lengths:
             self.view.say(f"    note: {cut_by(self.lengths, configuration.max_length)}")
 
