@@ -148,16 +148,30 @@ def _probe(space: Space, goal: Goal, trials: Sequence[Trial], fitting: Fitting) 
     if space.host and not trials:
         reason = "its memory is measured first: predictions are of a GPU, the budget is of host memory"
         return Decision(reason, space.start, "probe", PROBE_STEPS, fitting.expected(space.start))
-    levels = list(_levels(space, fitting))
-    pool = _pool(space, goal, levels, fitting)
     best = best_probe(trials, goal)
-    chosen = next((c for c in pool if fitting.confirmed(c)), None) if best is None else _worth_a_look(pool, best, trials, goal)
-    if chosen is not None and not (best is not None and not fitting.confirmed(chosen)):
+    if best is not None and any(trial.purpose == "learn" and trial.fits for trial in trials):
+        return None  # it is learning already
+    if best is not None:
+        levels = list(_levels(space, fitting))
+        chosen = _worth_a_look(_pool(space, goal, levels, fitting), best, trials, goal)
+    else:
+        levels, chosen = _first_to_fit(space, goal, fitting)
+    if chosen is not None:
         level = next(level for level in levels if chosen in variants_of(space, level.base))
+        reason = _why(goal, level, chosen, best, fitting)
         skipped = _passed_over(levels, fitting, level)
-        reason = _why(space, goal, level, chosen, best, fitting)
         return Decision(reason, chosen, "probe", PROBE_STEPS, fitting.expected(chosen), skipped)
     return _last_resort(levels, fitting) if best is None else None
+
+
+def _first_to_fit(space: Space, goal: Goal, fitting: Fitting) -> tuple[list[_Level], Configuration | None]:
+    """The most promising that fits; a trace on the way may show that it takes another rung."""
+    while True:
+        traces = fitting.traces
+        levels = list(_levels(space, fitting))
+        chosen = next((c for c in _pool(space, goal, levels, fitting) if fitting.confirmed(c)), None)
+        if chosen is not None or fitting.traces == traces:
+            return levels, chosen
 
 
 def _pool(space: Space, goal: Goal, levels: Sequence[_Level], fitting: Fitting) -> list[Configuration]:
@@ -187,9 +201,7 @@ def _worth_a_look(
     return None
 
 
-def _why(
-    space: Space, goal: Goal, level: _Level, chosen: Configuration, best: Trial | None, fitting: Fitting
-) -> str:
+def _why(goal: Goal, level: _Level, chosen: Configuration, best: Trial | None, fitting: Fitting) -> str:
     size = fitting.expected(chosen)
     fits = f"{gib(size)} of {gib(goal.budget_B)} are expected" if size is not None else "nobody can predict it"
     if best is not None:

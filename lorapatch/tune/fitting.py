@@ -113,6 +113,11 @@ class Fitting:
             self._known = {configuration: exact.expected}
         return self.fits(configuration)
 
+    @property
+    def traces(self) -> int:
+        """How many were asked for."""
+        return len(self._traced)
+
     def may_fit(self, configuration: Configuration) -> bool:
         """Whether the lower bound leaves hope."""
         size = self.expected(configuration)

@@ -125,6 +125,20 @@ def test_a_trace_is_asked_for_only_where_the_closed_form_leaves_it_open() -> Non
     assert not any(exact for _, exact in world.asked)
 
 
+def test_what_a_trace_shows_may_take_another_rung() -> None:
+    class Optimist(World):
+        def predict(self, c, exact):  # type: ignore[no-untyped-def]
+            self.asked.append((c, exact))
+            size = self.bytes(c) if exact else self.bytes(c) * 8 // 10
+            return Prediction(size * 8 // 10, size, size * 14 // 10, 2 * GIB, "trace" if exact else "closed form")
+
+    world = Optimist()
+    first = decide(space(), budget(8), [], world.predict)  # 8.7 GiB at least, in closed form 7
+    assert first.configuration is not None and first.configuration.bits in (4, 8), first.reason
+    assert world.bytes(first.configuration) <= 8 * GIB
+    assert len([c for c, exact in world.asked if exact]) <= 2
+
+
 def test_a_kind_that_fails_is_left_alone_and_the_next_is_taken() -> None:
     goal = budget(7.5, prefer="quality")
     trials, end = tuned(World(broken={"bits": 8}), goal)
