@@ -219,7 +219,7 @@ def _predict(options: argparse.Namespace, run: Run) -> dict[str, Any]:
     if ended.returncode:
         return {"refused": ended.stderr.strip()[-500:]}
     side = json.loads(ended.stdout)[sides[0]]
-    return {**{name: side[name] for name in ("allocated", "reserved", "device")}, **side["breakdown"],
+    return {**side["breakdown"], **{name: side[name] for name in ("allocated", "reserved", "device")},
             "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
 
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from lorapatch.launch import Flag, Launch, Script, Stage, read_script
     from lorapatch.lora import PRESETS, Patch, PatchOptions, plan_patch
     from lorapatch.lora.patch import Patched, patch_script
+    from lorapatch.memory.estimate import estimate
+    from lorapatch.memory.model import Estimate
     from lorapatch.shell.files import restore
 
 __version__ = "0.1.0"
@@ -20,12 +22,15 @@ _HOMES = {
     "launch": ("Flag", "Launch", "Script", "Stage", "read_script"),
     "lora": ("PRESETS", "Patch", "PatchOptions", "plan_patch"),
     "lora.patch": ("Patched", "patch_script"),
+    "memory.estimate": ("estimate",),
+    "memory.model": ("Estimate",),
     "shell.files": ("restore",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "PRESETS",
+    "Estimate",
     "Flag",
     "Launch",
     "LorapatchError",
@@ -37,6 +42,7 @@ __all__ = [
     "Script",
     "Stage",
     "UsageError",
+    "estimate",
     "patch_script",
     "plan_patch",
     "read_script",

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import sys
+import threading
+import time
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers", "numpy")
 
@@ -31,14 +33,26 @@ def _say() -> None:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "peak_allocated_B": torch.cuda.max_memory_allocated() if cuda else None,
         "peak_reserved_B": torch.cuda.max_memory_reserved() if cuda else None,
-        "device_used_B": _device_used() if cuda else None,
+        "device_used_B": max(_most[0], _device_used() or 0) or None if cuda else None,
         "versions": {name: _version(name) for name in PACKAGES},
     }
     print("\n" + json.dumps(line), flush=True)
 
 
+def _watch() -> None:
+    """Note what this process has of the GPU while it trains: at its end NCCL may have given its part back."""
+    while True:
+        time.sleep(0.5)
+        torch = sys.modules.get("torch")
+        if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
+            _most[0] = max(_most[0], _device_used() or 0)
+
+
+_most = [0]
+
+
 def _device_used() -> int | None:
-    """Bytes of the GPU that this process had at its most, as NVML counts them by process."""
+    """Bytes of the GPU that this process has now, as NVML counts them by process."""
     torch = sys.modules["torch"]
     try:
         import pynvml
@@ -48,8 +62,7 @@ def _device_used() -> int | None:
         mine = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
     except (ImportError, pynvml.NVMLError):
         return None
-    outside = mine[0] - torch.cuda.memory_reserved() if mine and mine[0] else None
-    return None if outside is None else outside + torch.cuda.max_memory_reserved()
+    return mine[0] if mine and mine[0] else None
 
 
 def _version(name: str) -> str | None:
@@ -62,3 +75,4 @@ def _version(name: str) -> str | None:
 _run_hidden()
 if os.environ.keys() & {"RANK", "OBSERVE_PYTHON"}:  # a trainer, not its launcher
     atexit.register(_say)
+    threading.Thread(target=_watch, name="observer", daemon=True).start()

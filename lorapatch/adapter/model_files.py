@@ -52,13 +52,27 @@ def merged_config(directory: Path, base: BaseModel, plan: Plan) -> dict[str, Any
 
 
 def copy_files(directory: Path, base: BaseModel, target: Path, config: Mapping[str, Any]) -> None:
-    """Write ``config`` and copy the tokenizer (the run's own if it left one) and the other small files of a model."""
+    """Write ``config`` and copy the tokenizer and the other small files of a model.
+
+    The tokenizer is the base's while the run's has the same tokens: a run under newer libraries writes files that the
+    evaluation's older ones cannot read (tokenizers 0.20 changed the form of merges). A tokenizer that changed is the run's.
+    """
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (target / "config.json").write_text(text, encoding="utf-8")
     own = any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"))
-    _copy(directory if own else base.directory, target, _TOKENIZER)
+    changed = own and _tokens(directory) != _tokens(base.directory)
+    _copy(directory if changed else base.directory, target, _TOKENIZER)
     _copy(base.directory, target, _OTHERS)
     _copy(directory, target, ("generation_config.json",))
+
+
+def _tokens(directory: Path) -> dict[str, int] | str:
+    """Token to id, added ones included, by ``tokenizer.json``; where it cannot be read, something equal to no other."""
+    try:
+        written = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        return {**written["model"]["vocab"], **{token["content"]: token["id"] for token in written["added_tokens"]}}
+    except (OSError, ValueError, LookupError, TypeError):
+        return str(directory)
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

@@ -26,6 +26,7 @@ _MODULE_OF = {
     "restore": "patching",
     "check": "checking",
     "doctor": "checking",
+    "estimate": "estimating",
     "render": "running",
     "smoke": "running",
     "full": "running",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 import lorapatch
 from lorapatch.cli.patching import patch_options, patch_settings
-from lorapatch.cli.shared import SCRIPT, fail
+from lorapatch.cli.shared import SCRIPT, Size, fail
 
 if TYPE_CHECKING:
     from lorapatch.lora.flags import PatchOptions
@@ -23,30 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["demo", "full", "monitor", "render", "smoke"]
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
-UNITS = {
-    "": 1,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
-
-
-class Size(click.ParamType[int]):
-    """A size such as 24GiB, in bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
-        units = {unit.lower(): factor for unit, factor in UNITS.items()}
-        if match is None or match[2].lower() not in units:
-            self.fail(f"{value!r} is not a size such as 24GiB", param, ctx)
-        return int(float(match[1]) * units[match[2].lower()])
 
 
 @click.command()
@@ -140,6 +115,7 @@ def smoke(
     options, patch, dry_run = _split(arguments, values)
     if dry_run:
         return _print_nodes(script, options, patch)
+    options = _with_prediction(script, options, patch)
     _report(
         run.smoke(
             script,
@@ -169,6 +145,7 @@ def full(script: Path, arguments: tuple[str, ...], resume: bool, **values: Any) 
     options, patch, dry_run = _split(arguments, values)
     if dry_run:
         return _print_nodes(script, options, patch)
+    options = _with_prediction(script, options, patch)
     _report(run.full(script, patch, options, view=_view(), resume=resume))
 
 
@@ -193,6 +170,22 @@ def _split(arguments: tuple[str, ...], values: dict[str, Any]) -> tuple[RunOptio
     return options, patch_settings(**values) if given else None, dry_run
 
 
+def _with_prediction(script: Path, options: RunOptions, patch: PatchOptions | None) -> RunOptions:
+    """The options with what the run's memory should be, for the record beside what it was; a run never fails for it."""
+    from dataclasses import replace
+
+    from lorapatch.memory.estimate import prediction_dict
+
+    try:
+        found = lorapatch.estimate(
+            script, patch, sides=("after",), trainer_root=options.trainer_root, fast=True, largest=False
+        )
+        return replace(options, predicted=prediction_dict(found))
+    except Exception as error:  # noqa: BLE001 - whatever is odd about the script, running it tells more than guessing
+        click.echo(f"note: its memory was not predicted: {error}")
+        return options
+
+
 def _view() -> View:
     from lorapatch.run.view import LiveView, PlainView
 
@@ -212,7 +205,10 @@ def _print_nodes(script: Path, options: RunOptions, patch: PatchOptions | None) 
 
 
 def _report(report: Report) -> None:
-    """The verdict, line by line with its evidence, and where everything is."""
+    """The verdict, line by line with its evidence, and where everything is; estimates learn from what was measured."""
+    from lorapatch.memory.history import learn, read_history
+
+    learn(read_history(report.folder.parent))
     colours = {"pass": "green", "fail": "red"}
     click.echo("")
     for line in report.verdict.lines:

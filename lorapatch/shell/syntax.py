@@ -8,20 +8,20 @@ import subprocess
 import tempfile
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from lorapatch.errors import Refused
 from lorapatch.shell.command import blank, gaps
 from lorapatch.shell.outline import Command
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["BashSyntax", "BashWords", "syntax_error"]
 
 _ENVIRONMENT = {"PATH": "/nonexistent", "LC_ALL": "C", "LANG": "C"}
 _TIMEOUT = 20  # seconds
 _DOLLAR = re.compile(rb"[$`]")
+
+
+_Any = TypeVar("_Any", bound="_Bash")
 
 
 class _Bash:
@@ -47,7 +47,7 @@ class _Bash:
             except OSError as error:
                 raise Refused(f"{bash} cannot be run ({error.strerror}); lorapatch needs it to check what it writes") from error
 
-    def __enter__(self) -> Self:
+    def __enter__(self: _Any) -> _Any:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

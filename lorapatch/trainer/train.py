@@ -65,6 +65,14 @@ def train(argv: Sequence[str]) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
     trainer.save_model(args.output_dir)
+    _leave()
+
+
+def _leave() -> None:
+    """Part from the other ranks while all are there: gloo's threads, if they outlive the interpreter, abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _fail(sentence: str, code: int) -> None:

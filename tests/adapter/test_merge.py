@@ -262,6 +262,21 @@ def test_an_mgm_model_has_what_upstreams_loader_wants(mgm_made: tuple[Any, Path]
     assert not (done.output / "adapter_config.json").exists()  # transformers would load it on top
 
 
+def test_the_tokenizer_is_the_bases_unless_training_added_tokens(mgm: Path, tmp_path: Path) -> None:
+    base = Path(json.loads((mgm / "adapter_config.json").read_text())["base_model_name_or_path"])
+    ours = json.loads((mgm / "tokenizer.json").read_text())
+    newer = json.dumps(ours | {"written by": "newer libraries"})
+    (mgm / "tokenizer.json").write_text(newer)
+    same = merge(mgm, tmp_path / "mgm-2b-same").output
+    assert (same / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    ours["added_tokens"].append({"id": 9999, "content": "<new>", "special": True})
+    (mgm / "tokenizer.json").write_text(json.dumps(ours))
+    changed = merge(mgm, tmp_path / "mgm-2b-changed").output
+    assert (changed / "tokenizer.json").read_bytes() == (mgm / "tokenizer.json").read_bytes()
+    (mgm / "tokenizer.json").write_text("{")
+    assert (merge(mgm, tmp_path / "mgm-2b-odd").output / "tokenizer.json").read_text() == "{"
+
+
 def test_the_towers_of_a_whole_mgm_base_share_the_shard_of_the_bridge(mgm: Path, tmp_path: Path) -> None:
     from lorapatch.trainer.model import load_model, mgm_config
     from lorapatch.trainer.saving import RunKind, save

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorapatch.errors import Refused
 from lorapatch.launch.model import Flag, Launch, Script
-from lorapatch.lora.support import TrainerSupport, find_trainer, read_trainer
-from lorapatch.lora.support.lora_flags import LoraFlag
+from lorapatch.lora import support  # loads its readers when they are called
+
+if TYPE_CHECKING:
+    from lorapatch.lora.support import LoraFlag, TrainerSupport
 
 __all__ = ["DeepSpeedFile", "Facts", "LaunchFacts", "number", "true"]
 
@@ -64,10 +66,10 @@ class LaunchFacts:
         trainer = self.launch.trainer
         if self.attached:
             word = next((str(w) for w in self.launch.arguments if not str(w).startswith("-")), "")
-            return find_trainer(word, module=not word.endswith(".py"), script_dir=self.script_dir, roots=self._roots)
+            return support.find_trainer(word, module=not word.endswith(".py"), script_dir=self.script_dir, roots=self._roots)
         if trainer.path is not None and trainer.path.is_file():
             return trainer.path
-        return find_trainer(str(trainer.word), module=trainer.module, script_dir=self.script_dir, roots=self._roots)
+        return support.find_trainer(str(trainer.word), module=trainer.module, script_dir=self.script_dir, roots=self._roots)
 
     @property
     def _roots(self) -> list[Path]:
@@ -196,7 +198,7 @@ def number(value: str | None) -> float | None:
 @lru_cache(maxsize=64)
 def _read_trainer(path: Path, roots: tuple[Path, ...], python: Path | None) -> TrainerSupport | None:
     try:
-        return read_trainer(path, roots=roots, python=python)
+        return support.read_trainer(path, roots=roots, python=python)
     except Refused:
         return None
 

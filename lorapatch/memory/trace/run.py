@@ -1,0 +1,176 @@
+"""The trace itself: build the model, load it, train two steps, say what was allocated."""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lorapatch.memory.allocator import CachingAllocator, settings
+from lorapatch.memory.model import CATEGORIES, Breakdown, RunSetup
+from lorapatch.memory.model import Tensor as BigTensor
+from lorapatch.memory.trace import optimizers
+from lorapatch.memory.trace.cuda import autocast, cublas_workspace, cuda_kernels
+from lorapatch.memory.trace.engines.plain import PlainEngine
+from lorapatch.memory.trace.engines.zero import ZeroEngine, on_device
+from lorapatch.memory.trace.engines.zero3 import Zero3Engine
+from lorapatch.memory.trace.fake import swap
+from lorapatch.memory.trace.recorder import Record, Recorder
+from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
+
+__all__ = ["measure", "trace_subject"]
+
+STEPS = 2  # optimizer states exist from the end of the first step on
+BIGGEST = 5
+NOT_MODELLED = ("workspaces of convolutions and of sorting kernels",)
+
+
+def measure(setup: RunSetup, architecture: int) -> Breakdown:
+    """Two optimizer steps of the run ``setup`` describes; raises Refused or the trainer's own error."""
+    started = time.monotonic()
+    subject = _subject(setup)
+    recorder = trace_subject(subject, setup, architecture)
+    peak = recorder.alive_at_peak()
+    at = recorder.records[recorder.events[recorder.peak_event][1]]
+    categories = dict.fromkeys(CATEGORIES, 0)
+    for record in peak:
+        categories[_category(record, subject)] += record.nbytes
+    biggest = sorted(peak, key=lambda record: -record.nbytes)[:BIGGEST]
+    assumed = [*subject.assumed]
+    if recorder.questions:
+        assumed.append("no sample is padded or packed (the masks were not looked at)")
+    if said := optimizers.assumption(setup.optimizer):
+        assumed.append(said)
+    return Breakdown(
+        way="trace",
+        categories=categories,
+        allocated=recorder.peak,
+        phases=recorder.phases,
+        phase=at.phase,
+        operation=at.operation,
+        biggest=tuple(
+            BigTensor(r.nbytes, r.shape, str(r.dtype).removeprefix("torch."), r.phase, r.operation) for r in biggest
+        ),
+        reserved=recorder.allocator.peak_reserved,
+        host=recorder.host_peak,
+        total_parameters=subject.total,
+        trainable_parameters=subject.trainable,
+        lora_parameters=subject.lora,
+        assumed=tuple(assumed),
+        not_modelled=(*NOT_MODELLED, *subject.not_modelled),
+        versions={name: version for name in ("torch", "transformers", "peft") if (version := _version(name))},
+        seconds=time.monotonic() - started,
+    )
+
+
+def _category(record: Record, subject: Subject) -> str:
+    """Activations as wide as the vocabulary are logits (their gradients, too)."""
+    wide = bool(record.shape) and record.shape[-1] == subject.vocabulary and record.dtype.is_floating_point
+    return "logits" if wide and record.category == "activations" else record.category
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _subject(setup: RunSetup) -> Subject:
+    if setup.trainer == "embedded":
+        from lorapatch.memory.trace.subjects import embedded
+
+        return embedded.build(setup)
+    if setup.trainer == "upstream":
+        from lorapatch.memory.trace.subjects import upstream
+
+        return upstream.build(setup)
+    from lorapatch.memory.trace.subjects import plain
+
+    return plain.build(setup)
+
+
+def trace_subject(subject: Subject, setup: RunSetup, architecture: int) -> Recorder:
+    """Load ``subject``, train it, and give back what was recorded."""
+    recorder = Recorder(CachingAllocator(settings()))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, recorder, cuda_kernels(recorder):
+        zero = setup.zero
+        partitioned = zero is not None and zero.stage == 3 and (setup.gpus > 1 or zero.offload_param)
+        with on_device(recorder, not partitioned):  # zero.Init hands out shares while the model is made
+            _load([subject.model], recorder, mode)
+        _load(subject.towers, recorder, mode)
+        for holder, name in subject.tensors:
+            value = getattr(holder, name)
+            object.__setattr__(holder, name, torch.empty(value.shape, dtype=value.dtype))
+        engine = _engine(subject.model, setup, recorder)
+        gc.collect()
+        _train(subject, setup, engine, recorder, cublas_workspace(architecture))
+        engine.close()
+    return recorder
+
+
+def _load(modules: list[nn.Module], recorder: Recorder, mode: Any) -> None:
+    """The model goes to the GPU, tensor by tensor."""
+    for tensor in swap(modules, mode):
+        learns = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        frozen = isinstance(tensor, nn.Parameter) or hasattr(tensor, "quantised")
+        recorder.add(tensor, "trainable_weights" if learns else "frozen_weights" if frozen else "buffers")
+    for record in recorder.records:
+        record.operation = "load"
+
+
+def _engine(model: nn.Module, setup: RunSetup, recorder: Recorder) -> Any:
+    if setup.zero is None or setup.zero.stage == 0:
+        return PlainEngine(recorder, model, setup)
+    if setup.zero.stage == 3:
+        return Zero3Engine(recorder, model, setup)
+    return ZeroEngine(recorder, model, setup)
+
+
+def _train(subject: Subject, setup: RunSetup, engine: Any, recorder: Recorder, workspace: int) -> None:
+    low = DTYPES[setup.dtype] if setup.zero is None and setup.dtype != "fp32" else None
+    recorder.keep(workspace, "cuBLAS")  # one for the thread of the forward pass, one for the engine's
+    recorder.keep(workspace, "cuBLAS")
+    count = max(setup.accumulation, 1)
+    for step in range(STEPS):
+        micro_batches = min(count, 2) if step else 1  # the first step only has to make the states
+        held = [_inputs(subject, recorder) for _ in range(count if subject.batches_at_once else 0)]
+        for number in range(micro_batches):
+            batch = held[number] if held else _inputs(subject, recorder)
+            recorder.phase = "forward"
+            loss = _loss(subject, batch, low)
+            del batch
+            recorder.phase = "backward"
+            engine.backward(loss, boundary=number == micro_batches - 1)
+            del loss
+        recorder.phase = "step"
+        recorder.phases["step"] = max(recorder.phases.get("step", 0), recorder.live)
+        engine.step()
+        del held
+
+
+def _loss(subject: Subject, batch: dict[str, Tensor], low: torch.dtype | None) -> Tensor:
+    with autocast(low):
+        outputs = subject.forward(subject.model, batch)
+    if low is not None:  # accelerate's convert_outputs_to_fp32, around the whole forward pass
+        outputs = {name: _wide(value) for name, value in outputs.items()}
+    loss: Tensor = outputs["loss"]
+    return loss
+
+
+def _wide(value: Any) -> Any:
+    low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if low else value
+
+
+def _inputs(subject: Subject, recorder: Recorder) -> dict[str, Tensor]:
+    recorder.phase = "forward"
+    with recorder.of("activations"):
+        return subject.make_batch()

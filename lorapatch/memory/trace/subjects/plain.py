@@ -1,0 +1,165 @@
+"""Models of transformers under its own Trainer: any causal language model, any image-text one."""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorapatch.errors import Refused
+from lorapatch.memory.model import RunSetup
+from lorapatch.memory.trace import quantised
+from lorapatch.memory.trace.fake import made_on_meta
+from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
+
+__all__ = ["add_lora", "build", "cast", "checkpoint", "count", "from_config", "linear_names", "read_config", "version_of"]
+
+
+def build(setup: RunSetup) -> Subject:
+    """The model of ``setup.model``'s configuration, wrapped in LoRA by PEFT; raises Refused."""
+    config = read_config(setup)
+    dtype = DTYPES[setup.dtype]
+    with made_on_meta(dtype):
+        model = from_config("AutoModelForCausalLM", config, setup)
+        quantised.replace(model, setup, skip=("lm_head",))
+        quantised.prepare(model, setup)
+        if setup.gradient_checkpointing:
+            model.enable_input_require_grads()
+        if setup.method == "lora":
+            model = add_lora(model, setup, keep_dtype=setup.zero is not None)
+    if setup.zero is not None:
+        cast(model, dtype)
+    checkpoint(model, setup)
+    model.train()
+    total, trainable, lora = count(model)
+    return Subject(
+        model=model,
+        make_batch=lambda: _batch(setup),
+        forward=_forward,
+        vocabulary=int(config.get_text_config().vocab_size if hasattr(config, "get_text_config") else config.vocab_size),
+        total=total,
+        trainable=trainable,
+        lora=lora,
+        batches_at_once=version_of("transformers") >= (4, 46),
+        assumed=[f"the weights are loaded in {setup.dtype}"],
+    )
+
+
+def version_of(name: str) -> tuple[int, int]:
+    """Major and minor version of an installed package."""
+    import importlib.metadata
+
+    numbers = re.findall(r"\d+", importlib.metadata.version(name))
+    return int(numbers[0]), int(numbers[1])
+
+
+def read_config(setup: RunSetup) -> Any:
+    """``config.json`` as transformers reads it; raises Refused where it is missing, damaged or of an unknown kind."""
+    from transformers import AutoConfig
+
+    if not (setup.model / "config.json").is_file():
+        raise Refused(f"{setup.model} has no config.json: the model's shape is not known")
+    try:
+        return AutoConfig.from_pretrained(str(setup.model))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Refused(f"{setup.model}/config.json: this transformers cannot make a model of it ({reason})") from error
+
+
+def from_config(auto: str, config: Any, setup: RunSetup) -> Any:
+    """A model with random weights by the auto class ``auto``; call it inside :func:`made_on_meta`."""
+    import transformers
+
+    dtype = DTYPES[setup.dtype]
+    name = "dtype" if version_of("transformers") >= (4, 56) else "torch_dtype"
+    attention = "eager" if setup.attention == "eager" else "sdpa"
+    try:
+        model = getattr(transformers, auto).from_config(config, attn_implementation=attention, **{name: dtype})
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise Refused(f"{setup.model}/config.json: this transformers cannot make a model of it ({reason})") from error
+        model = getattr(transformers, auto).from_config(config, attn_implementation="eager", **{name: dtype})
+    model.tie_weights()
+    model.config.use_cache = False
+    return model
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """DeepSpeed's cast of every parameter that is not packed."""
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
+
+
+def checkpoint(model: Any, setup: RunSetup) -> None:
+    """Turn gradient checkpointing on as the Trainer does."""
+    if not setup.gradient_checkpointing:
+        return
+    if "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": setup.use_reentrant})
+    else:
+        model.gradient_checkpointing_enable()
+
+
+def linear_names(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> list[str]:
+    """Leaf names of the linear layers, as "all-linear" means them; paths that contain a name in ``skip`` are left out."""
+    found = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in skip)
+    }
+    return sorted(found)
+
+
+def add_lora(model: Any, setup: RunSetup, *, keep_dtype: bool, skip: tuple[str, ...] = ("lm_head",)) -> Any:
+    """``model`` as a PeftModel; ``keep_dtype``: the adapter is not made float32 (DeepSpeed casts it back anyway)."""
+    from peft import LoraConfig, get_peft_model
+
+    assert setup.lora is not None
+    lora = setup.lora
+    wanted: Any = lora.target_modules
+    if wanted == "all-linear":
+        wanted = linear_names(model, skip)
+    elif re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", wanted):
+        wanted = [name.strip() for name in wanted.split(",")]
+    options: dict[str, Any] = {"use_rslora": True} if lora.variant == "rslora" else {}
+    if lora.variant == "dora":
+        options["use_dora"] = True
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=wanted,
+        task_type="CAUSAL_LM", **options,
+    )  # fmt: skip
+    extra = {"autocast_adapter_dtype": False} if keep_dtype else {}
+    if "autocast_adapter_dtype" not in inspect.signature(get_peft_model).parameters:
+        extra = {}
+    try:
+        return get_peft_model(model, config, **extra)
+    except ValueError as error:
+        raise Refused(f"LoRA does not fit {setup.model}: {str(error).splitlines()[0]}") from error
+
+
+def count(model: nn.Module) -> tuple[int, int, int]:
+    """Parameters in all, those that learn, those of LoRA; tied ones count once, packed ones as what they stand for."""
+    named = dict(model.named_parameters())
+    sizes = {name: int(getattr(p, "whole", p.numel())) for name, p in named.items()}
+    return (
+        sum(sizes.values()),
+        sum(sizes[name] for name, p in named.items() if p.requires_grad),
+        sum(size for name, size in sizes.items() if "lora_" in name),
+    )
+
+
+def _batch(setup: RunSetup) -> dict[str, Tensor]:
+    shape = (setup.micro_batch, setup.sequence)
+    return {name: torch.empty(shape, dtype=torch.long) for name in ("input_ids", "labels", "attention_mask")}
+
+
+def _forward(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    if version_of("transformers") >= (4, 46):  # the loss is a sum over all labels of the step
+        return model(**batch, num_items_in_batch=torch.ones((), dtype=torch.long))
+    return model(**batch)

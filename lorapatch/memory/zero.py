@@ -1,0 +1,62 @@
+"""DeepSpeed's ZeRO as a run has it: the configuration file with its "auto" values filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorapatch.memory.model import Zero
+
+__all__ = ["read_zero", "runs_in"]
+
+
+def read_zero(config: Mapping[str, Any], hidden: int | None) -> Zero:
+    """ZeRO of a DeepSpeed configuration; sizes in elements.
+
+    "auto" is what transformers makes of it (integrations/deepspeed.py, trainer_config_finalize): ``hidden`` squared and
+    so on; what is missing is DeepSpeed's default (runtime/zero/config.py).
+    """
+    zero = config.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    stage = _whole(zero.get("stage"), 0)
+    square = (hidden or 0) ** 2
+    return Zero(
+        stage=stage,
+        offload_optimizer=_offloads(zero, "offload_optimizer") or zero.get("cpu_offload") is True,
+        offload_param=stage == 3 and _offloads(zero, "offload_param"),
+        overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
+        contiguous_gradients=zero.get("contiguous_gradients", True) is not False,
+        reduce_bucket_size=_sized(zero, "reduce_bucket_size", square, 500_000_000),
+        allgather_bucket_size=_sized(zero, "allgather_bucket_size", 0, 500_000_000),
+        prefetch_bucket_size=_sized(zero, "stage3_prefetch_bucket_size", int(0.9 * square), 50_000_000),
+        param_persistence_threshold=_sized(zero, "stage3_param_persistence_threshold", 10 * (hidden or 0), 100_000),
+        max_live_parameters=_sized(zero, "stage3_max_live_parameters", 0, 1_000_000_000),
+    )
+
+
+def _offloads(zero: Mapping[str, Any], name: str) -> bool:
+    target = zero.get(name)
+    return isinstance(target, dict) and target.get("device") in ("cpu", "nvme")
+
+
+def _sized(zero: Mapping[str, Any], name: str, auto: int, default: int) -> int:
+    value = zero.get(name, default)
+    if value == "auto":
+        return auto or default
+    return _whole(value, default)
+
+
+def _whole(value: Any, default: int) -> int:
+    try:
+        return int(float(value))
+    except (TypeError, ValueError):
+        return default
+
+
+def runs_in(config: Mapping[str, Any], asked: str) -> str:
+    """bf16, fp16 or fp32: what the configuration enables, or ``asked`` (the flags) where it says "auto"."""
+    for name in ("bf16", "fp16"):
+        part = config.get(name)
+        if isinstance(part, dict) and part.get("enabled") is True:
+            return name
+    return asked
