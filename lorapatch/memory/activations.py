@@ -9,8 +9,9 @@ __all__ = ["bridge_saved", "logits_bytes", "saved_by_layer", "seeing", "working_
 
 # lorapatch.trainer: positions whose logits exist at once (head.py), images seen and mined at once (model.py, mining.py).
 _POSITIONS_AT_ONCE, _SEEN_AT_ONCE, _MINED_AT_ONCE = 256, 8, 4
-# Copies of the stacked features that exist while a window is mined, and of ConvNeXt's widest map while it runs.
-_MINING_COPIES, _CONVNEXT_COPIES = 2.4, 12
+# Copies of the stacked features that exist while a window is mined (autocast, where there is no DeepSpeed, normalises
+# them in float32), and of ConvNeXt's widest map while it runs.
+_MINING_COPIES, _MINING_COPIES_AUTOCAST, _CONVNEXT_COPIES = 2.4, 5.0, 12
 
 
 def _element(setup: RunSetup) -> int:
@@ -52,6 +53,8 @@ def working_on_layer(setup: RunSetup, parts: Parts) -> float:
     """Bytes for each token while one layer is run backward: what it kept, and the gradients in flight."""
     e, language = _element(setup), parts.language
     in_flight = e * (3 * language.intermediate + 4 * language.hidden)
+    if setup.zero is None and setup.lora is not None and e == 2:  # LoRA in float32: its input and that one's gradient
+        in_flight += 8 * language.intermediate
     return saved_by_layer(setup, parts) + in_flight
 
 
@@ -100,5 +103,6 @@ def seeing(setup: RunSetup, parts: Parts) -> tuple[float, float]:
     if parts.aux is None:
         return float(clip), 0.0
     first = parts.aux.widths[0] * (setup.image_size_aux // parts.aux.patch_size) ** 2
-    mining = _MINING_COPIES * e * min(images, _MINED_AT_ONCE) * _feature_elements(setup, parts)
+    copies = _MINING_COPIES_AUTOCAST if setup.zero is None and e == 2 else _MINING_COPIES
+    mining = copies * e * min(images, _MINED_AT_ONCE) * _feature_elements(setup, parts)
     return float(max(clip, _CONVNEXT_COPIES * e * at_once * first)), mining

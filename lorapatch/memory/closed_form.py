@@ -70,6 +70,8 @@ class _States:
     gradient: float  # bytes of all gradients as they are kept between micro-steps
     bucket: float  # ZeRO's and DDP's buckets during the backward pass
     step: float  # what the step adds
+    gathered_head: float  # ZeRO-3's whole weights while the loss is computed, and while a layer runs
+    gathered_layer: float
     host: float
 
 
@@ -98,10 +100,10 @@ def _states(setup: RunSetup, parts: Parts) -> _States:
         bucket *= 2 if zero.overlap_comm and stage < 3 else 1
     elif ranks > 1:
         bucket = weight * learning
-    host = 0.0
+    host = head = layer = 0.0
     if zero is not None and stage == 3:
-        frozen, gathered = frozen / ranks + _whole_towers(setup, parts, e) * (1 - 1 / ranks), _gathered(setup, parts, e)
-        buffers += gathered
+        frozen = frozen / ranks + _whole_towers(setup, parts, e) * (1 - 1 / ranks)
+        head, layer = _gathered(setup, parts, e)
         flat, temporary = (min(value, 4.0 * _SUB_GROUP) for value in (flat, temporary))
         weights = e * share
         if zero.offload_param:
@@ -117,7 +119,7 @@ def _states(setup: RunSetup, parts: Parts) -> _States:
         buffers += 2 * learning  # autocast keeps its casts of the weights until the pass is over
     held = {"frozen_weights": frozen, "trainable_weights": weights, "master_copies": master, "optimizer_states": states,
             "buffers": buffers}  # fmt: skip
-    return _States(held, gradient, bucket, flat + temporary, host)
+    return _States(held, gradient, bucket, flat + temporary, head, layer, host)
 
 
 def _weight_without_deepspeed(setup: RunSetup) -> int:
@@ -157,12 +159,13 @@ def _whole_towers(setup: RunSetup, parts: Parts, e: int) -> float:
     return float(e * parts.towers) if setup.trainer == "embedded" else 0.0
 
 
-def _gathered(setup: RunSetup, parts: Parts, e: int) -> float:
-    """Weights that ZeRO-3 holds together at a time: the embedding or head, a layer, and what is fetched ahead."""
+def _gathered(setup: RunSetup, parts: Parts, e: int) -> tuple[float, float]:
+    """Weights that ZeRO-3 holds together: the embedding or head for the loss, a layer and what is fetched ahead."""
     assert setup.zero is not None
+    most = e * setup.zero.max_live_parameters
     layer = sum(linear.parameters for linear in parts.language.linears)
     ahead = min(setup.zero.prefetch_bucket_size, parts.language.parameters)
-    return float(e * min(parts.language.embedding + layer + ahead, setup.zero.max_live_parameters))
+    return float(min(e * parts.language.embedding, most)), float(min(e * (layer + ahead), most))
 
 
 def _added(held: Mapping[str, float], needs: Mapping[str, float]) -> dict[str, float]:
@@ -190,8 +193,9 @@ def _phases(setup: RunSetup, parts: Parts, states: _States) -> dict[str, dict[st
     flattening = setup.zero is not None and setup.zero.stage in (1, 2)
     found = {
         "load": {"buffers": e * parts.trainable if flattening else 0.0},
-        "loss": {"gradients": kept, "activations": activations, "logits": logits_bytes(setup, parts), "buffers": scratch},
-        "layer": {**whole, "activations": activations + layer},
+        "loss": {"gradients": kept, "activations": activations, "logits": logits_bytes(setup, parts),
+                 "buffers": scratch + states.gathered_head},
+        "layer": {**whole, "activations": activations + layer, "buffers": whole["buffers"] + states.gathered_layer},
         "step": {"gradients": states.gradient, "buffers": states.step},
     }
     if parts.vision is not None:
