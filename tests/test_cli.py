@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -51,6 +54,20 @@ def test_diff_shows_and_check_tells_and_neither_writes(script: Path) -> None:
     assert script.read_text() == TRAIN and len(list(Path().iterdir())) == 1
     run("patch", "train.sh")
     assert run("patch", "--check", "train.sh").exit_code == 0
+
+
+def test_the_difference_has_colours_on_a_terminal_and_none_in_a_pipe(script: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "lorapatch.cli", "patch", "--diff", "train.sh"]
+    subprocess.run(command, stdout=theirs, stderr=subprocess.DEVNULL, check=True)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # what Linux says at the end of a terminal
+        while data := os.read(ours, 4096):
+            seen += data
+    os.close(ours)
+    assert b"\x1b[32m+  --lora_r 16" in seen and b"\x1b[31m-  --output_dir out" in seen
+    assert b"\x1b" not in subprocess.run(command, capture_output=True).stdout
 
 
 def test_output_goes_elsewhere(script: Path) -> None:

@@ -62,7 +62,7 @@ def test_both_sides_are_traced_and_bounded(tmp_path: Path, traced: Any) -> None:
         assert side.reserved.expected == closed_form(side.setup).allocated + 2 * GIB
         for bounds in (side.allocated, side.reserved, side.device):
             assert bounds.low <= bounds.expected <= bounds.high
-        assert side.device.expected - side.reserved.expected == (560 + 1785) << 20  # context and NCCL of the card
+        assert side.device.expected - side.reserved.expected == (758 + 950) << 20  # context and NCCL of the card
     assert any("lengths from data.json" in note for note in found.after.breakdown.assumed)
 
 

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tiny_runs import ZERO2, ZERO3, mgm_run, text_run, true_mgm_run  # noqa: E402
+from tiny_runs import IMAGE_TEXT, ZERO2, ZERO3, folder, mgm_run, text_run, true_mgm_run  # noqa: E402
 
 from lorapatch.memory.model import CATEGORIES, LoraSetup, RunSetup  # noqa: E402
 from lorapatch.memory.trace.recorder import Recorder  # noqa: E402
@@ -181,6 +181,23 @@ def test_the_embedded_trainer_makes_logits_for_labels_alone_and_upstream_for_eve
     setup = mgm_run(tmp_path, trainer="upstream")
     every = record(setup, upstream.build(setup))
     assert any(r.shape == (2, 48, 512) or r.shape == (2 * 48, 512) for r in every.records)
+
+
+@pytest.mark.parametrize("kind", ["llava", "paligemma", "qwen2_vl"])
+def test_image_text_models_are_traced_with_their_towers(tmp_path: Path, kind: str) -> None:
+    setup = text_run(tmp_path, family="image_text", model=folder(tmp_path / kind, IMAGE_TEXT[kind]), sequence=64)
+    found = measure(setup, 90)
+    assert sum(found.categories.values()) == found.allocated
+    assert found.lora_parameters == 2 * sum(RANK * (out + into) for out, into in lora_shapes(kind))
+    assert any("images are" in said for said in found.assumed)
+    more = measure(replace(setup, images=2), 90)
+    assert more.categories["activations"] > found.categories["activations"]
+
+
+def lora_shapes(kind: str) -> list[tuple[int, int]]:
+    """The language model's linear layers (of one layer of two), whatever the tower's are called."""
+    keys = 16 if kind == "paligemma" else KEYS
+    return [(keys, into) if out == KEYS else (out, into) for out, into in LINEARS]
 
 
 def test_mgm_2b_has_its_exact_number_of_parameters(tmp_path: Path) -> None:

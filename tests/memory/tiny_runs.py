@@ -25,6 +25,32 @@ CONVNEXT = {
     "model_type": "convnext", "patch_size": 4, "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 32, 64],
     "layer_scale_init_value": 0.1,
 }  # fmt: skip
+_TEXT = {name: value for name, value in LLAMA.items() if name != "architectures"}
+_ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+IMAGE_TEXT = {
+    "llava": {
+        "model_type": "llava", "text_config": _TEXT, "vision_config": CLIP, "image_token_id": 500,
+        "image_token_index": 500, "vision_feature_layer": -2,
+    },
+    "paligemma": {
+        "model_type": "paligemma", "text_config": GEMMA, "projection_dim": 64, "hidden_size": 64, "image_token_id": 500,
+        "image_token_index": 500, "vision_config": {
+            "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
+        },
+    },
+    "qwen2_vl": {
+        "model_type": "qwen2_vl", "image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502,
+        "vision_end_token_id": 503, "text_config": _TEXT | {
+            "model_type": "qwen2_vl_text", "bos_token_id": 1, "eos_token_id": 2, "rope_parameters": _ROPE,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": {
+            "model_type": "qwen2_vl", "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2,
+            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+        },
+    },
+}  # fmt: skip
 TRUE_SIZE = {
     "language": {
         "model_type": "gemma", "vocab_size": 256_000, "hidden_size": 2048, "intermediate_size": 16_384,

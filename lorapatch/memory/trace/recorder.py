@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -22,6 +22,7 @@ __all__ = ["Record", "Recorder"]
 _ANY = {getattr(torch.ops.aten.any, name) for name in torch.ops.aten.any.overloads()}
 # Before torch 2.1 a storage's Python object dies at once: whether the storage still lives has to be asked.
 _ASKED = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 1)
+_LIFT = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}  # torch.tensor() on its way
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
@@ -63,6 +64,7 @@ class Recorder(TorchDispatchMode):
         self.stream = ""
         self.streams: dict[int, str] = {}  # of the storages that another stream allocated
         self.questions: set[str] = set()
+        self.computes_known = False  # real tensors (small ones, whose values decide shapes) are computed with, not counted
         self._anys: set[int] = set()  # storages that hold an ``any``
         self._known: dict[int, tuple[Any, int]] = {}
         self._on_host = False
@@ -192,6 +194,9 @@ class Recorder(TorchDispatchMode):
         if _ASKED:
             for key in [key for key, (watch, _) in self._known.items() if watch.expired()]:
                 self._gone(key)
+        if self.computes_known and args and type(args[0]) is Tensor and func not in _LIFT and _known(args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
         self._operation = func.__name__ if hasattr(func, "__name__") else str(func)
         try:
             out = func(*args, **(kwargs or {}))
@@ -218,3 +223,8 @@ class Recorder(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> Any:
     return tensor.untyped_storage()
+
+
+def _known(args: Any, kwargs: Any) -> bool:
+    leaves = tree_flatten((args, kwargs))[0]
+    return all(type(leaf) is Tensor for leaf in leaves if isinstance(leaf, Tensor))

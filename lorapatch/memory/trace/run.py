@@ -89,6 +89,10 @@ def _subject(setup: RunSetup) -> Subject:
         from lorapatch.memory.trace.subjects import upstream
 
         return upstream.build(setup)
+    if setup.family == "image_text":
+        from lorapatch.memory.trace.subjects import image_text
+
+        return image_text.build(setup)
     from lorapatch.memory.trace.subjects import plain
 
     return plain.build(setup)
@@ -101,6 +105,7 @@ def trace_subject(subject: Subject, setup: RunSetup, architecture: int, mode: An
     """
     recorder = Recorder(CachingAllocator(settings()))
     mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
+    recorder.computes_known = isinstance(mode, FakeTensorMode)
     with mode, recorder, cuda_kernels(recorder):
         zero = setup.zero
         partitioned = zero is not None and zero.stage == 3 and (setup.gpus > 1 or zero.offload_param)

@@ -116,13 +116,12 @@ def checkpoint(model: Any, setup: RunSetup) -> None:
 
 
 def linear_names(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> list[str]:
-    """Leaf names of the linear layers, as "all-linear" means them; paths that contain a name in ``skip`` are left out."""
-    found = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(part in name for part in skip)
-    }
-    return sorted(found)
+    """What "all-linear" means: leaf names if they say it all, else full paths; none whose path has a name in ``skip``."""
+    paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen = [path for path in paths if not any(part in path for part in skip)]
+    leaves = {path.rsplit(".", 1)[-1] for path in chosen}
+    told_apart = len(chosen) == sum(path.rsplit(".", 1)[-1] in leaves for path in paths)
+    return sorted(leaves) if told_apart else chosen
 
 
 def add_lora(model: Any, setup: RunSetup, *, keep_dtype: bool, skip: tuple[str, ...] = ("lm_head",)) -> Any:
