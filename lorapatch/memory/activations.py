@@ -5,8 +5,10 @@ from __future__ import annotations
 from lorapatch.memory.model import RunSetup
 from lorapatch.memory.parameters import Parts
 
-__all__ = ["bridge_saved", "logits_bytes", "saved_by_layer", "seeing", "working_on_layer"]
+__all__ = ["FIRST_GEMMA", "bridge_saved", "logits_bytes", "saved_by_layer", "seeing", "working_on_layer"]
 
+# transformers' first releases with Gemma: logits are not cast to float32, the causal mask is of int64.
+FIRST_GEMMA = ("4.38.0", "4.38.1")
 # lorapatch.trainer: positions whose logits exist at once (head.py), images seen and mined at once (model.py, mining.py).
 _POSITIONS_AT_ONCE, _SEEN_AT_ONCE, _MINED_AT_ONCE = 256, 8, 4
 # Copies of the stacked features that exist while a window is mined (autocast, where there is no DeepSpeed, normalises
@@ -58,13 +60,13 @@ def working_on_layer(setup: RunSetup, parts: Parts) -> float:
     return saved_by_layer(setup, parts) + in_flight
 
 
-def logits_bytes(setup: RunSetup, parts: Parts) -> float:
-    """Logits and their gradient at the beginning of the backward pass."""
+def logits_bytes(setup: RunSetup, parts: Parts, transformers: str = "") -> float:
+    """Logits and their gradient at the beginning of the backward pass; ``transformers`` is its version."""
     vocabulary = parts.language.vocabulary
     if setup.trainer == "embedded":  # supervised positions alone: log-softmax, its gradient, the loss's, in float32
         return 12.0 * vocabulary * min(setup.micro_batch * setup.labels, _POSITIONS_AT_ONCE)
     positions = setup.micro_batch * setup.sequence
-    if setup.trainer == "upstream":  # three copies in the type of the model
+    if setup.trainer == "upstream" and transformers in FIRST_GEMMA:  # three copies in the type of the model
         return 3.0 * _element(setup) * vocabulary * positions
     return 12.0 * vocabulary * positions
 
