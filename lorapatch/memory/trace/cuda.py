@@ -23,10 +23,12 @@ __all__ = ["autocast", "autocast_dtype", "cublas_workspace", "cuda_kernels"]
 
 # aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE: those that models use.
 _FLOAT32_ON_CUDA = (
-    "layer_norm", "native_layer_norm", "group_norm", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "rsqrt",
-    "exp", "log", "reciprocal", "softplus", "logsumexp", "norm.Scalar", "cosine_similarity", "upsample_bilinear2d.vec",
-    "upsample_bicubic2d.vec", "upsample_nearest2d.vec", "softmax.int", "log_softmax.int", "sum", "sum.dim_IntList",
-    "cumsum", "prod", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss",
+    "layer_norm", "native_layer_norm", "rms_norm", "group_norm", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar",
+    "rsqrt", "exp", "log", "reciprocal", "softplus", "logsumexp", "norm.Scalar", "cosine_similarity",
+    "upsample_bilinear2d", "upsample_bilinear2d.vec", "upsample_bicubic2d", "upsample_bicubic2d.vec",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_nearest2d", "upsample_nearest2d.vec",
+    "softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "prod", "nll_loss", "nll_loss2d", "mse_loss",
+    "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits",
 )  # fmt: skip
 _WITH_DTYPE = {"softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "prod"}
 _MIB = 1 << 20

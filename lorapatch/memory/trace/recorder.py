@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from lorapatch.memory.allocator import EMPTY_CACHE, CachingAllocator
 
-__all__ = ["Record", "Recorder"]
+try:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+except ImportError:  # torch before 2.1
+    from torch.fx.experimental import proxy_tensor
+
+    unset_fake_temporarily = proxy_tensor.maybe_disable_fake_tensor_mode  # type: ignore[attr-defined]
+
+__all__ = ["Record", "Recorder", "unset_fake_temporarily"]
 
 _ANY = {getattr(torch.ops.aten.any, name) for name in torch.ops.aten.any.overloads()}
 # Before torch 2.1 a storage's Python object dies at once: whether the storage still lives has to be asked.
@@ -65,6 +72,8 @@ class Recorder(TorchDispatchMode):
         self.streams: dict[int, str] = {}  # of the storages that another stream allocated
         self.questions: set[str] = set()
         self.computes_known = False  # real tensors (small ones, whose values decide shapes) are computed with, not counted
+        self._young: dict[int, Any] = {}
+        self._looked = 0
         self._anys: set[int] = set()  # storages that hold an ``any``
         self._known: dict[int, tuple[Any, int]] = {}
         self._on_host = False
@@ -158,10 +167,21 @@ class Recorder(TorchDispatchMode):
             return weakref.ref(storage, lambda _: self._gone(key))
         from torch.multiprocessing.reductions import StorageWeakRef
 
-        return StorageWeakRef(storage)
+        watch = StorageWeakRef(storage)
+        if self.phase != "load":
+            self._young[key] = watch
+        return watch
+
+    def _look_around(self) -> None:
+        """Ask which storages died: the young ones each time, the model's own now and then."""
+        self._looked += 1
+        watched = self._young if self._looked % 256 else {key: watch for key, (watch, _) in self._known.items()}
+        for key in [key for key, watch in watched.items() if watch.expired()]:
+            self._gone(key)
 
     def _gone(self, key: int) -> None:
         number = self._known.pop(key)[1]
+        self._young.pop(key, None)
         self._anys.discard(key)
         if self.records[number].category == "host":
             self.host_live -= self.records[number].nbytes
@@ -192,8 +212,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _ASKED:
-            for key in [key for key, (watch, _) in self._known.items() if watch.expired()]:
-                self._gone(key)
+            self._look_around()
         if self.computes_known and args and type(args[0]) is Tensor and func not in _LIFT and _known(args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorapatch.errors import Refused
 from lorapatch.memory.model import RunSetup
 from lorapatch.memory.trace import quantised
 from lorapatch.memory.trace.fake import made_on_meta
+from lorapatch.memory.trace.recorder import unset_fake_temporarily
 from lorapatch.memory.trace.subjects import plain
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 

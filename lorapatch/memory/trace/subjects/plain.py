@@ -79,7 +79,8 @@ def from_config(auto: str, config: Any, setup: RunSetup) -> Any:
     name = "dtype" if version_of("transformers") >= (4, 56) else "torch_dtype"
     flash = setup.attention.startswith("flash")
     if flash and version_of("transformers") < (4, 48):  # sdpa's kernel is flash's; an old torch counts as able
-        transformers.modeling_utils.is_torch_sdpa_available = lambda: True
+        modeling: Any = transformers.modeling_utils
+        modeling.is_torch_sdpa_available = lambda: True
     make = functools.partial(getattr(transformers, auto).from_config, config, **{name: DTYPES[setup.dtype]})
     try:
         try:

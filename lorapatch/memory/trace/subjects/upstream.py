@@ -69,7 +69,8 @@ class _Upstream(nn.Module):
         clip_config = ClipTower.read_config(str(setup.vision_tower))
         self.clip = CLIPVisionModel(clip_config)
         self.aux = ConvNextTower(aux_config(setup.vision_tower_aux)) if setup.vision_tower_aux else None
-        for tower in (self.clip, self.aux):
+        towers: list[Any] = [self.clip, self.aux]
+        for tower in towers:
             if tower is not None:
                 tower.requires_grad_(False).to(DTYPES[setup.dtype])
         width = int(clip_config.hidden_size)
