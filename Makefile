@@ -1,5 +1,6 @@
 # Everything runs in .venv, which each target makes if it is not there.
 #   make smoke                 a real script, patched, checked, rendered, trained for five steps, verified, recorded
+#   make tune BUDGET=24GiB     the best settings under a memory budget, found by few and short runs
 #   make test                  all tests
 #   make patch SCRIPT=my.sh    any target on a script of your own (in place); the default is the plan's, on a copy in build/
 
@@ -10,6 +11,8 @@ BIN := $(VENV)/bin
 DEFAULT := original_scripts/train_mgm_2b_stage_1_10k_baseline.sh
 SCRIPT ?= $(DEFAULT)
 SMOKE_OPTIONS ?=
+BUDGET ?= 24GiB
+TUNE_OPTIONS ?=
 TEMPLATES := $(filter-out stage,$(patsubst templates/%.sh.j2,%,$(wildcard templates/*.sh.j2)))
 RUFF := --target-version py310 --line-length 128 --select E,F,W,I,B,UP --ignore B905
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -25,7 +28,7 @@ else
   PATCHED := $(SCRIPT)
 endif
 
-.PHONY: patch smoke full check test lint bench clean
+.PHONY: patch smoke tune full check test lint bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/patching: setup.cfg pyproject.toml
@@ -57,6 +60,9 @@ patch: $(VENV)/patching $(PATCHED)
 
 smoke: $(VENV)/training $(WORK)
 	$(BIN)/lorapatch smoke $(WORK) $(SMOKE_OPTIONS)
+
+tune: $(VENV)/training $(WORK)
+	$(BIN)/lorapatch tune $(WORK) --budget $(BUDGET) $(TUNE_OPTIONS)
 
 full: $(VENV)/training $(WORK)
 	$(BIN)/lorapatch full $(WORK)

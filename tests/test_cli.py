@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -53,9 +56,29 @@ def test_diff_shows_and_check_tells_and_neither_writes(script: Path) -> None:
     assert run("patch", "--check", "train.sh").exit_code == 0
 
 
+def test_the_difference_has_colours_on_a_terminal_and_none_in_a_pipe(script: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "lorapatch.cli", "patch", "--diff", "train.sh"]
+    subprocess.run(command, stdout=theirs, stderr=subprocess.DEVNULL, check=True)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # what Linux says at the end of a terminal
+        while data := os.read(ours, 4096):
+            seen += data
+    os.close(ours)
+    assert b"\x1b[32m+  --lora_r 16" in seen and b"\x1b[31m-  --output_dir out" in seen
+    assert b"\x1b" not in subprocess.run(command, capture_output=True).stdout
+
+
 def test_output_goes_elsewhere(script: Path) -> None:
     assert run("patch", "train.sh", "-o", "lora.sh").exit_code == 0
     assert "--lora_r 16" in Path("lora.sh").read_text() and script.read_text() == TRAIN
+
+
+def test_output_into_the_script_itself_is_a_patch_in_place_with_its_backup(script: Path) -> None:
+    Path("link.sh").symlink_to("train.sh")
+    assert "(backup: train_backup.sh)" in run("patch", "train.sh", "-o", "link.sh").stdout
+    assert Path("link.sh").is_symlink() and Path("train_backup.sh").read_text() == TRAIN
 
 
 def test_a_refusal_of_one_script_does_not_stop_the_others(script: Path) -> None:
@@ -252,7 +275,7 @@ def test_check_finds_no_fault_in_what_is_rendered(script: Path, name: str) -> No
 
 
 def test_check_knows_its_rules(script: Path) -> None:
-    assert "LP101" in run("check", "--list").stdout
+    assert {"LP100", "LP101"} <= {line.split()[0] for line in run("check", "--list").stdout.splitlines()}
     result = run("check", "train.sh", "--select", "LP999")
     assert result.exit_code == 2 and "there is no rule LP999" in result.stderr
     assert run("check").exit_code == 2

@@ -15,7 +15,7 @@ from lorapatch.cli import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 # Commands whose output is not the same everywhere; their own tests look at what they do.
-ELSEWHERE = ("smoke", "full", "demo", "doctor", "monitor", "render")
+ELSEWHERE = ("estimate", "smoke", "tune", "full", "demo", "doctor", "monitor", "render")
 
 
 def blocks(language: str) -> list[str]:

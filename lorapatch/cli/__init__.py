@@ -29,6 +29,7 @@ _MODULE_OF = {
     "estimate": "estimating",
     "render": "running",
     "smoke": "running",
+    "tune": "tuning",
     "full": "running",
     "verify": "adapters",
     "merge": "adapters",

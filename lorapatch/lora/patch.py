@@ -48,8 +48,8 @@ def patch_script(
         )
     except Refused as refusal:
         raise Refused(f"{file}: {refusal}") from refusal
-    if output is not None and not dry_run:
-        target = Path(fspath(output))
+    target = None if output is None else Path(fspath(output))
+    if target is not None and not dry_run and not (target.exists() and target.samefile(file)):  # else with a backup
         write_new(target, patch.text, like=file)
         return Patched(patch, target, None)
     if dry_run or not patch.changed:

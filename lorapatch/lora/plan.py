@@ -30,6 +30,7 @@ _PLAIN = re.compile(r"[\w./,:=+@%-]+")
 # Names that LLaVA's descendants share; they say nothing of a dialect.
 _KNOWN = frozenset("lora_r lora_alpha lora_dropout lora_bias lora_weight_path lora_target_modules lora_variant".split())
 _TRUE = {"true", "1", "yes", "on", ""}
+_FALSE = {"false", "0", "no", "off"}
 _CONTINUED = re.compile(rb"([ \t]*)\\\n([ \t]*)")
 _LAST_LINE = re.compile(rb"\n[ \t]*$")
 
@@ -226,6 +227,10 @@ def _check_conditional(script: Script, launch: Launch, name: str) -> None:
                 f"line {script.line(start)}: --{name} stands in a variable that is not always set the same way; move it"
                 f" into the launch on line {launch.line}"
             )
+    hidden = re.compile(rf"(?<![\w/.}}-])--{name.replace('_', '[-_]')}\b")
+    for word in launch.arguments:  # "${LORA:+--lora_r 8}", "$R" with R="--lora_r=8"
+        if re.search(r"[$`]", word.text) and not _is_flag(word) and (hidden.search(word.text) or hidden.match(str(word))):
+            raise Refused(f"line {script.line(word.span[0])}: --{name} stands inside {word.text}; write it out as a flag")
 
 
 def _check_not_shared(script: Script, launch: Launch, flag: Flag) -> None:
@@ -248,7 +253,7 @@ def _same(flag: Flag, words: Words) -> bool:
     if now == value or not words:  # a flag alone means True
         return now.lower() in _TRUE if not words else True
     if value in ("True", "False"):
-        return now.lower() in _TRUE if value == "True" else now.lower() in ("false", "0", "no", "off")
+        return now.lower() in (_TRUE if value == "True" else _FALSE)
     try:
         return float(now) == float(value)
     except ValueError:
@@ -267,7 +272,11 @@ def _quoted(value: str, where: str, flag: str) -> str:
 
 
 def _change(source: bytes, flag: Flag, words: Words) -> Edit:
-    """Replace the value and keep its quotes."""
+    """Replace the value and keep its quotes. Raises Refused where a word behind it may be no value of it."""
+    if len(flag.values) > max(1, len(words)) and "target" not in flag.name:
+        raise Refused(f"line {flag.line}: {flag.name} has more behind it than a value ({flag.text}); give it one alone")
+    if flag.values and not words and (flag.value or "").lower() not in (*_TRUE, *_FALSE):
+        raise Refused(f"line {flag.line}: {flag.name} takes no value, but {flag.text} stands behind it; move that away")
     value = words[0] if len(words) == 1 else ""
     if not flag.values:
         start = end = flag.word.span[1]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from lorapatch.memory.model import RunSetup
 from lorapatch.memory.parameters import Parts
 
-__all__ = ["bridge_saved", "logits_bytes", "saved_by_layer", "seeing", "working_on_layer"]
+__all__ = ["FIRST_GEMMA", "bridge_saved", "logits_bytes", "saved_by_layer", "seeing", "working_on_layer"]
 
+# transformers' first releases with Gemma: logits are not cast to float32, the causal mask is of int64.
+FIRST_GEMMA = ("4.38.0", "4.38.1")
 # lorapatch.trainer: positions whose logits exist at once (head.py), images seen and mined at once (model.py, mining.py).
 _POSITIONS_AT_ONCE, _SEEN_AT_ONCE, _MINED_AT_ONCE = 256, 8, 4
-# Copies of the stacked features that exist while a window is mined, and of ConvNeXt's widest map while it runs.
-_MINING_COPIES, _CONVNEXT_COPIES = 2.4, 12
+# Copies of the stacked features that exist while a window is mined (autocast, where there is no DeepSpeed, normalises
+# them in float32), and of ConvNeXt's widest map while it runs.
+_MINING_COPIES, _MINING_COPIES_AUTOCAST, _CONVNEXT_COPIES = 2.4, 5.0, 12
 
 
 def _element(setup: RunSetup) -> int:
@@ -52,16 +55,18 @@ def working_on_layer(setup: RunSetup, parts: Parts) -> float:
     """Bytes for each token while one layer is run backward: what it kept, and the gradients in flight."""
     e, language = _element(setup), parts.language
     in_flight = e * (3 * language.intermediate + 4 * language.hidden)
+    if setup.zero is None and setup.lora is not None and e == 2:  # LoRA in float32: its input and that one's gradient
+        in_flight += 8 * language.intermediate
     return saved_by_layer(setup, parts) + in_flight
 
 
-def logits_bytes(setup: RunSetup, parts: Parts) -> float:
-    """Logits and their gradient at the beginning of the backward pass."""
+def logits_bytes(setup: RunSetup, parts: Parts, transformers: str = "") -> float:
+    """Logits and their gradient at the beginning of the backward pass; ``transformers`` is its version."""
     vocabulary = parts.language.vocabulary
     if setup.trainer == "embedded":  # supervised positions alone: log-softmax, its gradient, the loss's, in float32
         return 12.0 * vocabulary * min(setup.micro_batch * setup.labels, _POSITIONS_AT_ONCE)
     positions = setup.micro_batch * setup.sequence
-    if setup.trainer == "upstream":  # three copies in the type of the model
+    if setup.trainer == "upstream" and transformers in FIRST_GEMMA:  # three copies in the type of the model
         return 3.0 * _element(setup) * vocabulary * positions
     return 12.0 * vocabulary * positions
 
@@ -100,5 +105,6 @@ def seeing(setup: RunSetup, parts: Parts) -> tuple[float, float]:
     if parts.aux is None:
         return float(clip), 0.0
     first = parts.aux.widths[0] * (setup.image_size_aux // parts.aux.patch_size) ** 2
-    mining = _MINING_COPIES * e * min(images, _MINED_AT_ONCE) * _feature_elements(setup, parts)
+    copies = _MINING_COPIES_AUTOCAST if setup.zero is None and e == 2 else _MINING_COPIES
+    mining = copies * e * min(images, _MINED_AT_ONCE) * _feature_elements(setup, parts)
     return float(max(clip, _CONVNEXT_COPIES * e * at_once * first)), mining

@@ -137,13 +137,15 @@ def read_language(config: Mapping[str, Any]) -> Language:
     """The decoder that a ``config.json`` describes. Raises Refused when not even its sizes are there."""
     written = text_config(config)
     kind = re.sub(r"^(mgm|llava|minigemini)_", "", str(written.get("model_type", "")))
-    if kind in _OTHERS:
-        return _OTHERS[kind](written)
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers")
-    missing = [name for name in needed if not isinstance(written.get(name), int)]
-    if missing:
-        raise Refused(f"config.json of a {kind or 'nameless'} model has no {missing[0]}")
-    return _llama_like(kind, written)
+    try:
+        language = _OTHERS[kind](written) if kind in _OTHERS else _llama_like(kind, written)
+    except KeyError as error:
+        raise Refused(f"config.json of a {kind or 'nameless'} model has no {error.args[0]}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise Refused(f"config.json of a {kind or 'nameless'} model has a size that cannot be ({error})") from error
+    if min(language.vocabulary, language.hidden, language.layers, language.heads, language.kv_heads) < 1:
+        raise Refused(f"config.json of a {kind or 'nameless'} model has a size below 1")
+    return language
 
 
 # Norms of a layer in units of hidden_size, biases of q/k/v and of the others, per-head norms, whether the head is tied

@@ -51,12 +51,12 @@ def _card(name: str, memory: int, context: int, nccl: int, workspace: int, measu
 
 # Memory: nvidia-smi's total, MiB. Workspace: aten/src/ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize (32 MiB on compute
 # capability 9, else 8 MiB and a little), once for the forward thread and once for autograd's. Context and NCCL of the
-# H200: six training runs under ZeRO-2 with torch 2.11 (device less reserved: 2.29 GiB in each; 1.7 GiB in eight older
-# ones); the other cards' contexts are rounded from what users report for an idle PyTorch process with lazy loading
-# (CUDA 12), and were not measured by us.
+# H200: 26 training runs with torch 2.11; device less reserved was 0.74 GiB without a launcher, 1.67 GiB under DeepSpeed
+# (the H100 is the same chip). The other cards' contexts are rounded from what users report for a PyTorch process with
+# lazy loading (CUDA 12), and were not measured by us.
 CARDS = (
-    _card("H200", 143_771, 560, 1_785, 64, measured=True),
-    _card("H100", 81_559, 560, 1_785, 64),
+    _card("H200", 143_771, 758, 950, 64, measured=True),
+    _card("H100", 81_559, 758, 950, 64),
     _card("A100 80GB", 81_920, 450, 1_000, 17),
     _card("A100 40GB", 40_960, 450, 1_000, 17),
     _card("L40S", 46_068, 430, 900, 17),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lorapatch.memory.activations import bridge_saved, logits_bytes, saved_by_layer, seeing, working_on_layer
+from lorapatch.memory.activations import FIRST_GEMMA, bridge_saved, logits_bytes, saved_by_layer, seeing, working_on_layer
 from lorapatch.memory.model import CATEGORIES, Breakdown, RunSetup, Tensor
 from lorapatch.memory.parameters import Parts, parts_of
 
@@ -16,17 +16,17 @@ _STATES = {"sgd": 0.0, "adafactor": 0.02, "lion_32bit": 4.0, "lion_8bit": 1.0, "
 _SUB_GROUP = 1_000_000_000  # elements that ZeRO-3 steps at a time (DeepSpeed's default)
 
 
-def closed_form(setup: RunSetup, workspace: int = 0) -> Breakdown:
+def closed_form(setup: RunSetup, workspace: int = 0, transformers: str = "") -> Breakdown:
     """The bytes of one GPU at the peak of ``setup``'s run, ``workspace`` of them cuBLAS's.
 
+    ``transformers``: the version that runs, where it matters (MGM's own trainer; without it the 4.38 that it pins).
     Model states after ZeRO (Rajbhandari et al., 2020), activations after the tensors that autograd keeps of each layer.
     Raises Refused when not even the model's size is known.
     """
     parts = parts_of(setup)
-    states = _states(setup, parts)
-    phases = {
-        name: {**states.held, **_added(states.held, needs)} for name, needs in _phases(setup, parts, states).items()
-    }
+    states = _states(setup, parts, transformers)
+    moments = _phases(setup, parts, states, transformers)
+    phases = {name: {**states.held, **_added(states.held, needs)} for name, needs in moments.items()}
     sums = {name: sum(needs.values()) + workspace for name, needs in phases.items()}
     phase = max(sums, key=lambda name: sums[name])
     categories = {name: round(phases[phase].get(name, 0)) for name in CATEGORIES}
@@ -70,6 +70,8 @@ class _States:
     gradient: float  # bytes of all gradients as they are kept between micro-steps
     bucket: float  # ZeRO's and DDP's buckets during the backward pass
     step: float  # what the step adds
+    gathered_head: float  # ZeRO-3's whole weights while the loss is computed, and while a layer runs
+    gathered_layer: float
     host: float
 
 
@@ -78,7 +80,7 @@ def element(setup: RunSetup) -> int:
     return 4 if setup.dtype == "fp32" else 2
 
 
-def _states(setup: RunSetup, parts: Parts) -> _States:
+def _states(setup: RunSetup, parts: Parts, transformers: str) -> _States:
     e, zero = element(setup), setup.zero
     ranks = max(setup.gpus, 1)
     learning = parts.trainable
@@ -86,7 +88,7 @@ def _states(setup: RunSetup, parts: Parts) -> _States:
     share = learning / (ranks if stage else 1)
     weight = e if zero else _weight_without_deepspeed(setup)
     frozen = _frozen_bytes(setup, parts)
-    buffers = _masks(setup, parts)
+    buffers = _masks(setup, parts, transformers)[0]
     mixed = zero is not None and e == 2
     master, states = 4 * share * mixed, share * _state_bytes(setup, 4 if zero else weight)
     gradient = {3: e * share, 2: e * share, 1: e * learning}.get(stage, (4 if mixed else weight) * learning)
@@ -98,10 +100,10 @@ def _states(setup: RunSetup, parts: Parts) -> _States:
         bucket *= 2 if zero.overlap_comm and stage < 3 else 1
     elif ranks > 1:
         bucket = weight * learning
-    host = 0.0
+    host = head = layer = 0.0
     if zero is not None and stage == 3:
-        frozen, gathered = frozen / ranks + _whole_towers(setup, parts, e) * (1 - 1 / ranks), _gathered(setup, parts, e)
-        buffers += gathered
+        frozen = frozen / ranks + _whole_towers(setup, parts, e) * (1 - 1 / ranks)
+        head, layer = _gathered(setup, parts, e)
         flat, temporary = (min(value, 4.0 * _SUB_GROUP) for value in (flat, temporary))
         weights = e * share
         if zero.offload_param:
@@ -117,7 +119,7 @@ def _states(setup: RunSetup, parts: Parts) -> _States:
         buffers += 2 * learning  # autocast keeps its casts of the weights until the pass is over
     held = {"frozen_weights": frozen, "trainable_weights": weights, "master_copies": master, "optimizer_states": states,
             "buffers": buffers}  # fmt: skip
-    return _States(held, gradient, bucket, flat + temporary, host)
+    return _States(held, gradient, bucket, flat + temporary, head, layer, host)
 
 
 def _weight_without_deepspeed(setup: RunSetup) -> int:
@@ -147,9 +149,12 @@ def _frozen_bytes(setup: RunSetup, parts: Parts) -> float:
     return packed * (0.5 + scale) + e * (parts.frozen - packed)
 
 
-def _masks(setup: RunSetup, parts: Parts) -> float:
-    """transformers 4.38 (which MGM pins) keeps a causal mask of int64 over all positions."""
-    return 8.0 * parts.language.positions**2 if setup.trainer == "upstream" else 0.0
+def _masks(setup: RunSetup, parts: Parts, transformers: str) -> tuple[float, float]:
+    """transformers 4.38 keeps a causal mask over all positions, and makes one of the model's type for each sample."""
+    if setup.trainer != "upstream" or not (transformers or "4.38").startswith(("4.38", "4.39")):
+        return 0.0, 0.0
+    square = float(parts.language.positions**2)
+    return (8 if transformers in FIRST_GEMMA else 1) * square, element(setup) * square
 
 
 def _whole_towers(setup: RunSetup, parts: Parts, e: int) -> float:
@@ -157,19 +162,20 @@ def _whole_towers(setup: RunSetup, parts: Parts, e: int) -> float:
     return float(e * parts.towers) if setup.trainer == "embedded" else 0.0
 
 
-def _gathered(setup: RunSetup, parts: Parts, e: int) -> float:
-    """Weights that ZeRO-3 holds together at a time: the embedding or head, a layer, and what is fetched ahead."""
+def _gathered(setup: RunSetup, parts: Parts, e: int) -> tuple[float, float]:
+    """Weights that ZeRO-3 holds together: the embedding or head for the loss, a layer and what is fetched ahead."""
     assert setup.zero is not None
+    most = e * setup.zero.max_live_parameters
     layer = sum(linear.parameters for linear in parts.language.linears)
     ahead = min(setup.zero.prefetch_bucket_size, parts.language.parameters)
-    return float(e * min(parts.language.embedding + layer + ahead, setup.zero.max_live_parameters))
+    return float(min(e * parts.language.embedding, most)), float(min(e * (layer + ahead), most))
 
 
 def _added(held: Mapping[str, float], needs: Mapping[str, float]) -> dict[str, float]:
     return {name: held.get(name, 0.0) + value for name, value in needs.items()}
 
 
-def _phases(setup: RunSetup, parts: Parts, states: _States) -> dict[str, dict[str, float]]:
+def _phases(setup: RunSetup, parts: Parts, states: _States, transformers: str) -> dict[str, dict[str, float]]:
     """What the moments that can be the peak need beside what is held, by category."""
     e, tokens = element(setup), setup.micro_batch * setup.sequence
     layers = parts.language.layers
@@ -178,7 +184,7 @@ def _phases(setup: RunSetup, parts: Parts, states: _States) -> dict[str, dict[st
         passed = float(layers * tokens * parts.language.hidden * e)
     else:
         passed = layers * tokens * saved_by_layer(setup, parts)
-    mask = float(setup.micro_batch * parts.language.positions**2 * e) if setup.trainer == "upstream" else 0.0
+    mask = setup.micro_batch * _masks(setup, parts, transformers)[1]
     bridge = bridge_saved(setup, parts)
     scratch = e * max(linear.inputs * linear.outputs for linear in parts.language.linears) if setup.bits < 16 else 0
     activations = passed + bridge + mask
@@ -190,8 +196,9 @@ def _phases(setup: RunSetup, parts: Parts, states: _States) -> dict[str, dict[st
     flattening = setup.zero is not None and setup.zero.stage in (1, 2)
     found = {
         "load": {"buffers": e * parts.trainable if flattening else 0.0},
-        "loss": {"gradients": kept, "activations": activations, "logits": logits_bytes(setup, parts), "buffers": scratch},
-        "layer": {**whole, "activations": activations + layer},
+        "loss": {"gradients": kept, "activations": activations, "logits": logits_bytes(setup, parts, transformers),
+                 "buffers": scratch + states.gathered_head},
+        "layer": {**whole, "activations": activations + layer, "buffers": whole["buffers"] + states.gathered_layer},
         "step": {"gradients": states.gradient, "buffers": states.step},
     }
     if parts.vision is not None:

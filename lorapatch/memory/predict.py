@@ -41,7 +41,7 @@ class Predictor:
 
     def side(self, described: Described) -> Side:
         """The run's memory. A trace that fails gives way to arithmetic, and says so."""
-        counted = closed_form(described.setup, self.card.workspace)
+        counted = self._counted(described, described.setup)
         breakdown, notes = (counted, ()) if self.fast else self._traced(described, described.setup, counted)
         traced = breakdown is not counted
         shown = replace(
@@ -49,14 +49,17 @@ class Predictor:
             assumed=tuple(dict.fromkeys((*notes, *described.assumed, *breakdown.assumed))),
             not_modelled=tuple(dict.fromkeys((*described.not_modelled, *breakdown.not_modelled))),
         )
-        below = counted.allocated - closed_form(described.low, self.card.workspace).allocated
-        above = closed_form(described.high, self.card.workspace).allocated - counted.allocated
+        below = counted.allocated - self._counted(described, described.low).allocated
+        above = self._counted(described, described.high).allocated - counted.allocated
         spread = _TRACED if traced else _COUNTED if described.sure else _GUESSED
         expected = breakdown.allocated
         low, high = (expected - below) * (1 - spread), (expected + above) * (1 + spread)
         allocated = Bytes(round(max(low, 0)), expected, round(high))
         reserved = self._reserved(described.setup, breakdown, allocated)
         return Side(described.setup, shown, allocated, reserved, self._device(described.setup, breakdown, reserved))
+
+    def _counted(self, described: Described, setup: RunSetup) -> Breakdown:
+        return closed_form(setup, self.card.workspace, versions_of(described.python).get("transformers", ""))
 
     def _traced(
         self, described: Described, setup: RunSetup, counted: Breakdown
@@ -89,7 +92,7 @@ class Predictor:
     def device_at(self, described: Described, micro_batch: int, *, fast: bool) -> int:
         """Expected device memory at another micro-batch, in bytes."""
         setup = replace(described.setup, micro_batch=micro_batch)
-        counted = closed_form(setup, self.card.workspace)
+        counted = self._counted(described, setup)
         breakdown = counted if fast else self._traced(described, setup, counted)[0]
         expected = Bytes(breakdown.allocated, breakdown.allocated, breakdown.allocated)
         return self._device(setup, breakdown, self._reserved(setup, breakdown, expected)).expected

@@ -147,8 +147,8 @@ class _Reader:
         name = facts.value(*_MODEL)
         if not name:
             flag = facts.flag(*_MODEL)
-            why = f"{flag.name} {flag.text} is known only when it runs" if flag else "names no model"
-            raise Refused(f"line {facts.line}: the launch {why}; say it with --set model_name_or_path=FOLDER")
+            why = f"{flag.name} {flag.text} is known only when it runs" if flag else "the launch names no model"
+            raise Refused(f"line {facts.line}: {why}; say it with --set model_name_or_path=FOLDER")
         return model_folder(name, facts.find(name)) or Path(name)
 
     def _folder(self, facts: LaunchFacts, flag: str) -> Path | None:
@@ -315,5 +315,5 @@ def _offload_named(name: str) -> Mapping[str, str]:
 def _whole(value: object, default: int) -> int:
     try:
         return int(float(str(value))) if value is not None else default
-    except ValueError:
+    except (ValueError, OverflowError):
         return default

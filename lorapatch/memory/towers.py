@@ -87,7 +87,7 @@ def vision_of(config: Mapping[str, Any], where: str) -> VisionTransformer:
     written = inner if isinstance(inner, dict) else config
     try:
         hidden = int(written.get("hidden_size") or written["embed_dim"])
-        return VisionTransformer(
+        tower = VisionTransformer(
             hidden=hidden,
             intermediate=int(written.get("intermediate_size") or int(written.get("mlp_ratio", 4)) * hidden),
             layers=int(written.get("num_hidden_layers") or written["depth"]),
@@ -97,6 +97,9 @@ def vision_of(config: Mapping[str, Any], where: str) -> VisionTransformer:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise Refused(f"{where}: the vision tower's configuration has no {error}") from error
+    if min(tower.hidden, tower.layers, tower.image_size, tower.patch_size) < 1:
+        raise Refused(f"{where}: the vision tower's configuration has a size below 1")
+    return tower
 
 
 def read_convnext(folder: Path) -> ConvNext:
@@ -108,8 +111,9 @@ def read_convnext(folder: Path) -> ConvNext:
         return _weighed(folder / "open_clip_pytorch_model.bin") or _named(folder / "open_clip_config.json")
     written = read_config(folder)
     try:
-        return ConvNext(int(written.get("patch_size", 4)), tuple(written["depths"]), tuple(written["hidden_sizes"]))
-    except (KeyError, TypeError) as error:
+        widths, depths = (tuple(int(n) for n in written[name]) for name in ("hidden_sizes", "depths"))
+        return ConvNext(max(int(written.get("patch_size", 4)), 1), depths[: len(widths)], widths[: len(depths)])
+    except (KeyError, TypeError, ValueError) as error:
         raise Refused(f"{folder}: config.json is not that of a ConvNeXt (no {error})") from error
 
 

@@ -49,7 +49,7 @@ def _sized(zero: Mapping[str, Any], name: str, auto: int, default: int) -> int:
 def _whole(value: Any, default: int) -> int:
     try:
         return int(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return default
 
 

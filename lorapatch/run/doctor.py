@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorapatch.run.doctor_probes import DEEPSPEED, PEFT, TORCH, VERSIONS, Answer, ask, ask_gpus
+from lorapatch.run.doctor_probes import DEEPSPEED, PEFT, TORCH, VERSIONS, Answer, ask, ask_gpus, run_within
 from lorapatch.run.doctor_rules import DRIVERS, IMPORT_ERRORS, misfits
 
 __all__ = ["Finding", "examine"]
@@ -334,7 +334,7 @@ def _tool(name: str, program: str, remedy: str) -> Finding:
 
 def _output(command: Sequence[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, timeout=QUICK_S, stdin=subprocess.DEVNULL, check=False)
+        done = run_within(QUICK_S, command)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.decode(errors="replace") if done.returncode == 0 else ""

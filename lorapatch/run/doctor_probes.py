@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DEEPSPEED", "PACKAGES", "PEFT", "TORCH", "VERSIONS", "Answer", "ask", "ask_gpus"]
+__all__ = ["DEEPSPEED", "PACKAGES", "PEFT", "TORCH", "VERSIONS", "Answer", "ask", "ask_gpus",
+           "run_within"]  # fmt: skip
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "numpy", "tokenizers",
             "safetensors", "huggingface_hub")  # fmt: skip
@@ -87,12 +91,26 @@ class Answer:
     error: str = ""
 
 
+def run_within(timeout: float, command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
+    """Run a command to its end, or end it after ``timeout`` seconds with all that it has started, which else would
+    keep its output open. Raises OSError, subprocess.TimeoutExpired.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
 def ask(python: str, program: str, timeout: float) -> Answer:
     """Run a probe under an interpreter; never raises. ``timeout`` in seconds."""
     try:
-        done = subprocess.run(
-            [python, "-c", program], capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False
-        )
+        done = run_within(timeout, [python, "-c", program])
     except subprocess.TimeoutExpired:
         return Answer(None, f"no answer within {timeout:g} s")
     except OSError as error:

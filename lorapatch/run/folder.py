@@ -17,41 +17,43 @@ from lorapatch.run.log import Line
 from lorapatch.run.state import LoggedStep
 from lorapatch.run.watch import MemorySample
 
-__all__ = ["RUNS", "RunFolder", "read_jsonl"]
+__all__ = ["RUNS", "RunFolder", "make_folder", "read_jsonl"]
 
 RUNS = "lorapatch_runs"
 # Of a progress bar, which draws over itself ten times a second, a line is kept this often.
 _BAR_EVERY_S = 5.0
 
 
+def make_folder(runs: Path, kind: str, name: str, now: float | None = None) -> Path:
+    """A new folder ``runs``/<time>-<kind>-<name>. Raises Refused."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    plain = re.sub(r"[^\w.-]+", "_", name).strip("._")[:60] or "run"
+    runs = runs.absolute()
+    try:
+        for number in range(1, 1000):
+            path = runs / (f"{stamp}-{kind}-{plain}" if number == 1 else f"{stamp}-{kind}-{plain}.{number}")
+            runs.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise Refused(f"{runs}: the run's folder cannot be made there ({error.strerror})") from error
+    raise Refused(f"{runs} holds a thousand runs of this second; remove some")
+
+
 class RunFolder:
     """``RUNS/<time>-<kind>-<name>`` with log.txt, metrics.jsonl and memory.jsonl. Raises Refused."""
 
     def __init__(self, runs: Path, kind: str, name: str, now: float | None = None) -> None:
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-        plain = re.sub(r"[^\w.-]+", "_", name).strip("._")[:60] or "run"
-        self.path = self._make(runs.absolute(), f"{stamp}-{kind}-{plain}")
+        self.path = make_folder(runs, kind, name, now)
         self._log = (self.path / "log.txt").open("wb")
         self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
         self._memory = (self.path / "memory.jsonl").open("w", encoding="utf-8")
         self._bar: bytes | None = None  # the bar's last state, not written yet
         self._shown = b""  # the state that was written last
         self._bar_written = -math.inf
-
-    @staticmethod
-    def _make(runs: Path, name: str) -> Path:
-        try:
-            for number in range(1, 1000):
-                path = runs / (name if number == 1 else f"{name}.{number}")
-                runs.mkdir(parents=True, exist_ok=True)
-                try:
-                    path.mkdir()
-                    return path
-                except FileExistsError:
-                    continue
-        except OSError as error:
-            raise Refused(f"{runs}: the run's folder cannot be made there ({error.strerror})") from error
-        raise Refused(f"{runs} holds a thousand runs of this second; remove some")
 
     def write_line(self, line: Line, now: float) -> None:
         """Keep a line of the log; of a bar its last state before anything else, and one every few seconds."""

@@ -53,11 +53,18 @@ class Gpus:
         found = []
         for index, handle in enumerate(self._handles):
             try:
-                info = self._nvml.nvmlDeviceGetMemoryInfo(handle)
+                info = self._memory(handle)
             except self._nvml.NVMLError:
                 continue
             found.append(Gpu(index, self._names[index], int(info.used), int(info.total)))
         return tuple(found)
+
+    def _memory(self, handle: Any) -> Any:
+        """As nvidia-smi counts since driver 510: without what the driver keeps for itself (0.6 GiB of an H200)."""
+        try:
+            return self._nvml.nvmlDeviceGetMemoryInfo(handle, version=self._nvml.nvmlMemory_v2)
+        except (AttributeError, TypeError, self._nvml.NVMLError):  # an older nvidia-ml-py or driver
+            return self._nvml.nvmlDeviceGetMemoryInfo(handle)
 
     def supports_bf16(self, index: int) -> bool | None:
         """Whether GPU ``index`` computes in bfloat16 and TF32 (compute capability 8.0 and up); None if unknown."""

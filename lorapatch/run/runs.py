@@ -28,7 +28,7 @@ from lorapatch.run.view import PlainView, View
 from lorapatch.run.whole import render_full
 from lorapatch.shell.files import read_bytes, write_new
 
-__all__ = ["RunOptions", "full", "smoke"]
+__all__ = ["RunOptions", "StageRun", "full", "run_stage", "smoke"]
 
 # Rules of `check` that the preflight looks at more closely, or that a run finds out anyway.
 _LEFT_TO_PREFLIGHT = ("LP301", "LP302", "LP204")
@@ -67,6 +67,23 @@ class RunOptions:
             raise UsageError(f"there is no record in {self.language!r}; choose en or zh")
 
 
+@dataclass(frozen=True)
+class StageRun:
+    """A short run of one stage: ``kind`` names it in its folder and record, ``flags`` are set for this run alone.
+
+    ``target`` is where the rendered script goes; None: into the run's folder. ``environment`` is added to ours.
+    """
+
+    kind: str
+    template: str = "test_lora_minimal"
+    target: Path | None = None
+    max_steps: int = 5
+    save_steps: int = 2
+    logging_steps: int = 1
+    flags: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 def smoke(
     script: str | PathLike[str],
     patch: PatchOptions | None = None,
@@ -86,27 +103,37 @@ def smoke(
     Raises Refused before anything runs, UsageError; a training that fails is told by the report, not by an exception.
     """
     options, view = options or RunOptions(), view or PlainView(lambda line: None)
-    path = Path(fspath(script))
-    subject, launch = _patched(path, patch, options, view)
+    subject, launch = _patched(Path(fspath(script)), patch, options, view)
+    target = target or _beside(subject.path, "test_lora_minimal.sh")
+    stage = StageRun("smoke", "test_lora_minimal", target, max_steps, save_steps, logging_steps)
+    return run_stage(subject, launch, stage, options, view)
+
+
+def run_stage(subject: Subject, launch: Launch, stage: StageRun, options: RunOptions, view: View) -> Report:
+    """Render the stage that ``launch`` starts, run it, judge it, record it; ``subject.script`` need not be on the disk.
+
+    Raises Refused before anything runs, UsageError; a training that fails is told by the report.
+    """
     checked = preflight(subject.script, launch, alone=True, budget_B=options.budget_B, output=options.runs.absolute())
     _say_notes(view, checked)
-    folder = RunFolder(options.runs, "smoke", path.stem)
-    target = target or _beside(path, folder, "test_lora_minimal.sh")
+    folder = RunFolder(options.runs, stage.kind, subject.path.stem)
+    target = stage.target or folder.path / f"{stage.template}.sh"
     rendered = render(
         subject.script,
         launch,
-        options.template or "test_lora_minimal",
+        options.template or stage.template,
         target=target,
         folder=folder.path / "output",
-        max_steps=max_steps,
-        save_steps=save_steps,
-        logging_steps=logging_steps,
+        max_steps=stage.max_steps,
+        save_steps=stage.save_steps,
+        logging_steps=stage.logging_steps,
+        flags=stage.flags,
         drop=checked.drop,
         hostfile=_hostfile(options),
         num_gpus=options.num_gpus,
         settings=options.settings,
     )
-    return _run(folder, "smoke", subject, launch, rendered, target, checked, options, view, expected_step=max_steps)
+    return _run(folder, stage.kind, subject, launch, rendered, target, checked, options, view, stage=stage)
 
 
 def full(
@@ -134,7 +161,8 @@ def full(
         view.say(sentence)
     set_aside(restart.incomplete)
     folder = RunFolder(options.runs, "full", path.stem)
-    target = target or _beside(path, folder, f"{path.stem}_full{path.suffix or '.sh'}")
+    name = f"{path.stem}_full{path.suffix or '.sh'}"
+    target = target or _beside(path, name) or folder.path / name
     rendered = render_full(
         subject.script,
         template=options.template or "full",
@@ -180,13 +208,13 @@ def _say_notes(view: View, checked: Preflight) -> None:
         view.say("note: there is no GPU, so it runs on the CPU")
 
 
-def _beside(path: Path, folder: RunFolder, name: str) -> Path:
-    """Beside the script, where relative paths mean the same; in the run's folder where that cannot be written."""
+def _beside(path: Path, name: str) -> Path | None:
+    """Beside the script, where relative paths mean the same; None (the run's folder) where that cannot be written."""
     target = path.absolute().with_name(name)
     if not os.access(target.parent, os.W_OK):
-        return folder.path / name
+        return None
     if target.exists() and b"made by lorapatch" not in target.read_bytes()[:1000]:
-        return folder.path / name  # somebody's own file of that name
+        return None  # somebody's own file of that name
     return target
 
 
@@ -210,7 +238,7 @@ def _run(
     options: RunOptions,
     view: View,
     *,
-    expected_step: int | None = None,
+    stage: StageRun | None = None,
     restart: Restart | None = None,
 ) -> Report:
     write_new(target, rendered.text, like=subject.path)
@@ -224,7 +252,12 @@ def _run(
         view,
         title=f"{kind} · {subject.path.name}",
         state=RunState(_whole(flags.get("logging_steps")) or 1, _first_step(subject.script, launch, restart)),
-        environment={"MASTER_PORT": str(free_port()), **os.environ, "PYTHONUNBUFFERED": "1"},
+        environment={
+            "MASTER_PORT": str(free_port()),
+            **os.environ,
+            **(stage.environment if stage else {}),
+            "PYTHONUNBUFFERED": "1",
+        },
         samples_per_rank=_samples(flags),
         budget_B=options.budget_B,
         interval_s=options.interval_s,
@@ -244,7 +277,7 @@ def _run(
         predicted=options.predicted,
         language=options.language,
         notes=(*checked.notes, *rendered.notes, *(restart.sentences if restart else ())),
-        expected_step=expected_step,
+        expected_step=stage.max_steps if stage else None,
         resumed_from=restart.resume_from.step if restart and restart.resume_from else 0,
     )
 

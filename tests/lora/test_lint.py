@@ -321,7 +321,7 @@ def _line(toolkit: Toolkit, number: int) -> str:
 
 
 def test_every_rule_has_a_script_that_breaks_it() -> None:
-    tested = {rule for rule, *_ in BREAKS} | {"LP406"}
+    tested = {rule for rule, *_ in BREAKS} | {"LP100", "LP406"}
     assert {rule.id for rule in lint.rules()} == tested
 
 
@@ -363,6 +363,8 @@ def test_a_script_that_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.sh", tmp_path, tmp_path / "dos.sh"):
         (found,) = check_script(path)
         assert (found.rule, found.severity, found.line) == ("LP100", "error", 1)
+        assert check_script(path, lint.CheckOptions(ignore=["LP100"])) == []
+        assert check_script(path, lint.CheckOptions(select=["LP2"])) == [found]
 
 
 def test_rules_are_selected_and_ignored_by_id_beginning_and_name(toolkit: Toolkit) -> None:

@@ -107,7 +107,10 @@ def test_a_model_that_is_not_here_has_the_size_in_its_name() -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"model_type": "zebra"}', "config.json of a zebra model has no vocab_size"),
+        ('{"model_type": "zebra"}', "config.json of a zebra model has no"),
+        ('{"model_type": "phi", "vocab_size": 5}', "config.json of a phi model has no hidden_size"),
+        ('{"model_type": "llama", "vocab_size": 5, "hidden_size": "wide", "num_hidden_layers": 2}', "a size that cannot be"),
+        ('{"model_type": "llama", "vocab_size": 5, "hidden_size": 8, "num_hidden_layers": 0}', "a size below 1"),
         ("[1, 2]", "is not a JSON object"),
         ("{", "is not JSON"),
     ],
@@ -126,6 +129,9 @@ def test_no_folder_and_no_size_in_the_name_is_refused() -> None:
 def test_a_tower_without_sizes_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"model_type": "clip"})
     with pytest.raises(Refused, match="vision tower"):
+        read_vision(tmp_path)
+    write_json(tmp_path / "config.json", {**CLIP_L, "patch_size": -1})
+    with pytest.raises(Refused, match="a size below 1"):
         read_vision(tmp_path)
     write_json(tmp_path / "open_clip_config.json", {"model_cfg": {"vision_cfg": {"timm_model_name": "vit"}}})
     with pytest.raises(Refused, match="names no ConvNeXt"):

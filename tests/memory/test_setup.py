@@ -207,7 +207,7 @@ def test_what_cannot_be_modelled_is_said(tmp_path: Path) -> None:
 def test_a_launch_without_a_model_is_refused_with_what_to_say(tmp_path: Path) -> None:
     script = text_run(tmp_path)
     script.write_text(script.read_text().replace("--model_name_or_path model", "--model_name_or_path $NOWHERE"))
-    with pytest.raises(Refused, match="line 2: the launch --model_name_or_path \\$NOWHERE is known only when it runs"):
+    with pytest.raises(Refused, match="line 2: --model_name_or_path \\$NOWHERE is known only when it runs"):
         sides(script)
     assert after(script, settings={"model_name_or_path": "model"}).model == tmp_path / "model"
 

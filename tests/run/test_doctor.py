@@ -125,6 +125,7 @@ def test_a_missing_interpreter_is_named(tmp_path: Path) -> None:
         ("echo broken env >&2; exit 1", "broken env"),
         ("echo 'lorapatch-answer:{'", "its answer cannot be read"),
         ("exec sleep 30", "no answer within 1 s"),
+        ("sleep 30", "no answer within 1 s"),  # in a process of its own, which holds the output
     ],
 )
 def test_a_broken_interpreter_is_a_finding(

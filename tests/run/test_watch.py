@@ -67,6 +67,25 @@ def test_gpus_are_read_and_one_that_does_not_answer_is_left_out(driver: types.Mo
     assert gpus.memory() == ()
 
 
+def test_what_the_driver_keeps_for_itself_is_not_counted_as_used(driver: types.ModuleType) -> None:
+    """nvidia-smi leaves it out where driver and library can tell, and an old driver refuses the newer question."""
+
+    def memory(handle: int, version: int = 1) -> object:
+        return types.SimpleNamespace(used=GIB if version == driver.nvmlMemory_v2 else 2 * GIB, total=24 * GIB)
+
+    driver.nvmlMemory_v2 = 2
+    driver.nvmlDeviceGetMemoryInfo = memory
+    assert [gpu.used_B for gpu in Gpus().memory()] == [GIB, GIB]
+
+    def old(handle: int, version: int = 1) -> object:
+        if version == driver.nvmlMemory_v2:
+            raise driver.NVMLError("Function Not Found")
+        return memory(handle)
+
+    driver.nvmlDeviceGetMemoryInfo = old
+    assert [gpu.used_B for gpu in Gpus().memory()] == [2 * GIB, 2 * GIB]
+
+
 def test_no_driver_and_no_library_are_told_apart(driver: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise driver.NVMLError("NVML Shared Library Not Found")

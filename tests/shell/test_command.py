@@ -41,6 +41,17 @@ def test_a_command_on_which_they_do_not_agree_is_refused(text: str) -> None:
         check(text)
 
 
+def test_a_span_that_is_off_by_one_byte_is_a_disagreement() -> None:
+    read = outline(b"run --long_name some/long-value.json A_B2=c then done 'quoted words here' x${LONG_NAME}yz\n")
+    command = read.commands[0]
+    for index, (start, end) in enumerate(command.words):
+        for span in ((start - 1, end), (start + 1, end), (start, end - 1), (start, end + 1)):
+            words = (*command.words[:index], span, *command.words[index + 1 :])
+            with pytest.raises(Refused, match="two parsers do not agree"):
+                check_words(read, command._replace(words=words))
+    check_words(read, command)
+
+
 def test_a_comment_behind_a_backslash_is_found() -> None:
     with pytest.raises(Refused, match=r"line 2: a comment stands behind the backslash"):
         check("run \\\n  --x 1 \\   # why\n  --y 2\n")

@@ -15,7 +15,6 @@ from lorapatch.lora.lint.rule import Diagnostic, Rule, rules
 __all__ = ["CheckOptions", "check_script", "check_scripts", "exit_code"]
 
 _COMMENT = re.compile(rb"#[ \t]*lorapatch:[ \t]*ignore[ \t]*=[ \t]*([A-Za-z0-9_, \t-]+)")
-_UNREADABLE = ("LP100", "unreadable")
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class CheckOptions:
 
     def __post_init__(self) -> None:
         for name in (*self.select, *self.ignore):
-            if name != _UNREADABLE[0] and not any(_means(name, rule) for rule in rules()):
+            if not any(_means(name, rule) for rule in rules()):
                 raise UsageError(f"there is no rule {name}; `lorapatch check --list` shows them all")
 
     def wants(self, rule: Rule) -> bool:
@@ -62,8 +61,10 @@ def check_script(path: Path, options: CheckOptions | None = None) -> list[Diagno
     try:
         script = read_script(path, options.environment)
     except Refused as refusal:
-        remedy = "give a bash script in UTF-8 with plain line ends"
-        return [Diagnostic(path, 1, *_UNREADABLE, "error", str(refusal), remedy)]
+        rule = next(rule for rule in rules() if rule.id == "LP100")
+        if any(_means(name, rule) for name in options.ignore):  # to select other rules does not make it readable
+            return []
+        return [Diagnostic(path, 1, rule.id, rule.name, rule.severity, str(refusal), rule.remedy)]
     facts = Facts(path, script, options.roots, options.bf16, options.environment)
     found = []
     for rule in rules():

@@ -30,6 +30,11 @@ _ENVIRONMENT = re.compile(
 )
 
 
+@rule("LP100", "unreadable", "error", "a script cannot be read at all", "give a bash script with plain line ends")
+def _unreadable(facts: Facts) -> Iterator[Found]:
+    yield from ()  # there are no facts of such a script: check_script itself says so
+
+
 @rule("LP101", "syntax", "error", "bash finds a syntax error", "mend the line that bash names")
 def _syntax(facts: Facts) -> Iterator[Found]:
     error = syntax_error(facts.source)

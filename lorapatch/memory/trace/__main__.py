@@ -11,7 +11,7 @@ from typing import Any
 from lorapatch.errors import LorapatchError
 from lorapatch.memory.trace.exchange import breakdown_to, setup_from
 
-__all__ = ["main"]
+__all__ = ["answer", "main"]
 
 
 def main() -> None:
@@ -19,11 +19,12 @@ def main() -> None:
     answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     question = json.load(sys.stdin)
-    answer_to.write(json.dumps(_answer(question)) + "\n")
+    answer_to.write(json.dumps(answer(question)) + "\n")
     answer_to.close()
 
 
-def _answer(question: dict[str, Any]) -> dict[str, Any]:
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """``{"breakdown": …}``, or ``{"refused": …}`` with one sentence; the traceback of a surprise goes to standard error."""
     setup = setup_from(question["setup"])
     try:
         from lorapatch.memory.trace.run import measure

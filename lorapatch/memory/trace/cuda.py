@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,14 +19,16 @@ from torch.nn import functional
 
 from lorapatch.memory.trace.recorder import Recorder
 
-__all__ = ["autocast", "cublas_workspace", "cuda_kernels"]
+__all__ = ["autocast", "autocast_dtype", "cublas_workspace", "cuda_kernels"]
 
 # aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE: those that models use.
 _FLOAT32_ON_CUDA = (
-    "layer_norm", "native_layer_norm", "group_norm", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "rsqrt",
-    "exp", "log", "reciprocal", "softplus", "logsumexp", "norm.Scalar", "cosine_similarity", "upsample_bilinear2d.vec",
-    "upsample_bicubic2d.vec", "upsample_nearest2d.vec", "softmax.int", "log_softmax.int", "sum", "sum.dim_IntList",
-    "cumsum", "prod", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss",
+    "layer_norm", "native_layer_norm", "rms_norm", "group_norm", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar",
+    "rsqrt", "exp", "log", "reciprocal", "softplus", "logsumexp", "norm.Scalar", "cosine_similarity",
+    "upsample_bilinear2d", "upsample_bilinear2d.vec", "upsample_bicubic2d", "upsample_bicubic2d.vec",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_nearest2d", "upsample_nearest2d.vec",
+    "softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "prod", "nll_loss", "nll_loss2d", "mse_loss",
+    "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits",
 )  # fmt: skip
 _WITH_DTYPE = {"softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "prod"}
 _MIB = 1 << 20
@@ -82,20 +85,22 @@ def _attention(
     recorder: Recorder, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, grouped: bool
 ) -> Tensor:
     """The kernel that aten/src/ATen/native/transformers/cuda/sdp_utils.cpp would choose: flash, efficient or math."""
-    if torch.is_autocast_cpu_enabled():
-        low = torch.get_autocast_cpu_dtype()
+    low = autocast_dtype()
+    if low is not None:
         query, key, value = (t.to(low) if t.dtype == torch.float32 else t for t in (query, key, value))
         mask = mask.to(low) if mask is not None and mask.dtype == torch.float32 else mask
     half = query.dtype in (torch.bfloat16, torch.float16)
     if mask is None and half and query.shape[-1] <= 256:
-        return _Flash.apply(query, key, value, recorder)
+        flash: Tensor = _Flash.apply(query, key, value, recorder)
+        return flash
     if query.shape[1] != key.shape[1]:  # neither efficient nor math know groups
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     if mask is not None and mask.dtype == torch.bool:  # convert_boolean_attn_mask
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
     if mask is not None and mask.shape[-1] % 16:  # pad_bias
         mask = functional.pad(mask, (0, 16 - mask.shape[-1] % 16))
-    return _Efficient.apply(query, key, value, mask, recorder)
+    efficient: Tensor = _Efficient.apply(query, key, value, mask, recorder)
+    return efficient
 
 
 def _rows_first(like: Tensor) -> Tensor:
@@ -166,6 +171,14 @@ def autocast(dtype: torch.dtype | None) -> Iterator[None]:
         yield
 
 
+def autocast_dtype() -> torch.dtype | None:
+    """What autocast computes in where it is on, None where it is off."""
+    try:
+        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    except (TypeError, AttributeError):  # torch before 2.4
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+
+
 _library: list[Any] = []
 
 
@@ -175,6 +188,7 @@ def _cuda_lists() -> None:
         return
     library = torch.library.Library("aten", "IMPL")
     _library.append(library)
+    warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # they are overridden on purpose
     for name in _FLOAT32_ON_CUDA:
         base, _, overload = name.partition(".")
         packet = getattr(torch.ops.aten, base, None)
@@ -185,14 +199,13 @@ def _cuda_lists() -> None:
 
 
 def _in_float32(operation: Any, takes_dtype: bool) -> Any:
-    off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(off):
+        with torch.autocast("cpu", enabled=False):
             if takes_dtype:
-                if kwargs.get("dtype") is None and args[0].dtype in (torch.bfloat16, torch.float16):
-                    kwargs["dtype"] = torch.float32
-                return operation(*args, **kwargs)
+                asked = kwargs.pop("dtype", None) or next((a for a in args if isinstance(a, torch.dtype)), None)
+                low = args[0].dtype in (torch.bfloat16, torch.float16)
+                rest = args[:2] if "softmax" in str(operation) else args  # their third is the dtype
+                return operation(*rest, dtype=asked or (torch.float32 if low else None), **kwargs)
             return operation(*(_wide(a) for a in args), **{name: _wide(a) for name, a in kwargs.items()})
 
     return kernel

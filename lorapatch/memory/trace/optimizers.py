@@ -3,8 +3,6 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 

@@ -77,7 +77,7 @@ class _Linear4bit(_Quantised):
             self._state("offset", 1, torch.float32)
         else:
             self._state("absmax", scales, torch.float32)
-        self.scales, self.double = scales, setup.double_quant
+        self.scales, self.nested = scales, setup.double_quant
 
     def forward(self, input: Tensor) -> Tensor:
         """In the compute dtype; the result has the input's, and PEFT copies it before it adds to it."""
@@ -87,8 +87,8 @@ class _Linear4bit(_Quantised):
 
     def whole(self) -> Tensor:
         """dequantize_4bit: the scales first, where they are quantised themselves."""
-        if self.double:
-            torch.empty(self.scales, dtype=torch.float32).add_(self.offset)
+        if self.nested:
+            torch.empty(self.scales, dtype=torch.float32)
         return torch.empty((self.out_features, self.in_features), dtype=self.compute)
 
 

@@ -17,9 +17,19 @@ from torch.utils._pytree import tree_flatten
 
 from lorapatch.memory.allocator import EMPTY_CACHE, CachingAllocator
 
-__all__ = ["Record", "Recorder"]
+try:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+except ImportError:  # torch before 2.1
+    from torch.fx.experimental import proxy_tensor
+
+    unset_fake_temporarily = proxy_tensor.maybe_disable_fake_tensor_mode  # type: ignore[attr-defined]
+
+__all__ = ["Record", "Recorder", "unset_fake_temporarily"]
 
 _ANY = {getattr(torch.ops.aten.any, name) for name in torch.ops.aten.any.overloads()}
+# Before torch 2.1 a storage's Python object dies at once: whether the storage still lives has to be asked.
+_ASKED = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 1)
+_LIFT = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}  # torch.tensor() on its way
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
@@ -61,6 +71,9 @@ class Recorder(TorchDispatchMode):
         self.stream = ""
         self.streams: dict[int, str] = {}  # of the storages that another stream allocated
         self.questions: set[str] = set()
+        self.computes_known = False  # real tensors (small ones, whose values decide shapes) are computed with, not counted
+        self._young: dict[int, Any] = {}
+        self._looked = 0
         self._anys: set[int] = set()  # storages that hold an ``any``
         self._known: dict[int, tuple[Any, int]] = {}
         self._on_host = False
@@ -123,13 +136,7 @@ class Recorder(TorchDispatchMode):
             self._add_on_host(storage, key, nbytes)
             return
         number = self._allocate(nbytes, tuple(tensor.shape), tensor.dtype, category)
-
-        def gone(_: Any) -> None:
-            self._known.pop(key, None)
-            self._anys.discard(key)
-            self._release(number)
-
-        self._known[key] = (weakref.ref(storage, gone), number)
+        self._known[key] = (self._watch(storage, key), number)
 
     def temporary(self, nbytes: int, operation: str) -> None:
         """Memory that a kernel takes and gives back before it ends."""
@@ -152,13 +159,34 @@ class Recorder(TorchDispatchMode):
     def _add_on_host(self, storage: Any, key: int, nbytes: int) -> None:
         self.host_live += nbytes
         self.host_peak = max(self.host_peak, self.host_live)
-
-        def gone(_: Any) -> None:
-            self._known.pop(key, None)
-            self.host_live -= nbytes
-
         self.records.append(Record(nbytes, (), torch.uint8, self.phase, self._operation, "host", len(self.events), -1))
-        self._known[key] = (weakref.ref(storage, gone), len(self.records) - 1)
+        self._known[key] = (self._watch(storage, key), len(self.records) - 1)
+
+    def _watch(self, storage: Any, key: int) -> Any:
+        if not _ASKED:
+            return weakref.ref(storage, lambda _: self._gone(key))
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        watch = StorageWeakRef(storage)
+        if self.phase != "load":
+            self._young[key] = watch
+        return watch
+
+    def _look_around(self) -> None:
+        """Ask which storages died: the young ones each time, the model's own now and then."""
+        self._looked += 1
+        watched = self._young if self._looked % 256 else {key: watch for key, (watch, _) in self._known.items()}
+        for key in [key for key, watch in watched.items() if watch.expired()]:
+            self._gone(key)
+
+    def _gone(self, key: int) -> None:
+        number = self._known.pop(key)[1]
+        self._young.pop(key, None)
+        self._anys.discard(key)
+        if self.records[number].category == "host":
+            self.host_live -= self.records[number].nbytes
+        else:
+            self._release(number)
 
     def _allocate(self, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype, category: str | None) -> int:
         number = len(self.records)
@@ -183,6 +211,11 @@ class Recorder(TorchDispatchMode):
         self.live -= record.nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _ASKED:
+            self._look_around()
+        if self.computes_known and args and type(args[0]) is Tensor and func not in _LIFT and _known(args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
         self._operation = func.__name__ if hasattr(func, "__name__") else str(func)
         try:
             out = func(*args, **(kwargs or {}))
@@ -209,3 +242,8 @@ class Recorder(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> Any:
     return tensor.untyped_storage()
+
+
+def _known(args: Any, kwargs: Any) -> bool:
+    leaves = tree_flatten((args, kwargs))[0]
+    return all(type(leaf) is Tensor for leaf in leaves if isinstance(leaf, Tensor))

@@ -54,9 +54,7 @@ def measure(setup: RunSetup, architecture: int) -> Breakdown:
         phases=recorder.phases,
         phase=at.phase,
         operation=at.operation,
-        biggest=tuple(
-            BigTensor(r.nbytes, r.shape, str(r.dtype).removeprefix("torch."), r.phase, r.operation) for r in biggest
-        ),
+        biggest=tuple(BigTensor(r.nbytes, r.shape, str(r.dtype).removeprefix("torch."), r.phase, r.operation) for r in biggest),
         reserved=recorder.allocator.peak_reserved,
         host=recorder.host_peak,
         total_parameters=subject.total,
@@ -91,15 +89,23 @@ def _subject(setup: RunSetup) -> Subject:
         from lorapatch.memory.trace.subjects import upstream
 
         return upstream.build(setup)
+    if setup.family == "image_text":
+        from lorapatch.memory.trace.subjects import image_text
+
+        return image_text.build(setup)
     from lorapatch.memory.trace.subjects import plain
 
     return plain.build(setup)
 
 
-def trace_subject(subject: Subject, setup: RunSetup, architecture: int) -> Recorder:
-    """Load ``subject``, train it, and give back what was recorded."""
+def trace_subject(subject: Subject, setup: RunSetup, architecture: int, mode: Any = None) -> Recorder:
+    """Load ``subject``, train it, and give back what was recorded.
+
+    ``mode`` makes its tensors (a FakeTensorMode without it; under nullcontext they are real, and empty at first).
+    """
     recorder = Recorder(CachingAllocator(settings()))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
+    recorder.computes_known = isinstance(mode, FakeTensorMode)
     with mode, recorder, cuda_kernels(recorder):
         zero = setup.zero
         partitioned = zero is not None and zero.stage == 3 and (setup.gpus > 1 or zero.offload_param)

@@ -52,7 +52,8 @@ class Gatherer:
             p.data = torch.empty(p.shape if persists else 0, dtype=p.dtype)
 
     def _watch(self, module: nn.Module) -> list[Any]:
-        own = [p for p in module.parameters(recurse=False) if self._size(p) > self.zero.param_persistence_threshold]
+        limit = self.zero.param_persistence_threshold
+        own: list[Tensor] = [p for p in module.parameters(recurse=False) if self._size(p) > limit]
         if not own:
             return []
         return [

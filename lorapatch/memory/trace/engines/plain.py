@@ -17,7 +17,7 @@ __all__ = ["PlainEngine", "decay_groups", "when_accumulated"]
 
 def decay_groups(model: nn.Module) -> list[list[Tensor]]:
     """transformers' two groups of what learns: matrices, and the vectors (norms, biases) that weight decay spares."""
-    learning = [p for p in model.parameters() if p.requires_grad]
+    learning: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     groups = [[p for p in learning if p.dim() > 1], [p for p in learning if p.dim() < 2]]
     return [group for group in groups if group]
 
@@ -26,7 +26,8 @@ def when_accumulated(parameter: Tensor, hook: Any) -> Any:
     """Call ``hook(parameter)`` whenever its gradient is complete; returns what has to be kept alive."""
     if hasattr(parameter, "register_post_accumulate_grad_hook"):
         return parameter.register_post_accumulate_grad_hook(hook)
-    accumulator = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr,index]
+    node: Any = parameter.expand_as(parameter).grad_fn
+    accumulator = node.next_functions[0][0]
     accumulator.register_hook(lambda *_: hook(parameter))  # torch before 2.1
     return accumulator
 

@@ -3,6 +3,8 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -46,12 +48,12 @@ class ZeroEngine:
         self.first_micro_batch = True
         self.kept = [when_accumulated(p, self._hook) for group in self.groups for p in group]
         self.optimizer = optimizers.make(setup.optimizer, recorder, [[m] for m in self.masters])
-        for size in [len(m) for m in self.masters]:  # initialize_optimizer_states
+        for master in self.masters:  # initialize_optimizer_states: on the GPU they go again
             with recorder.of("gradients"), on_device(recorder, not self.zero.offload_optimizer):
-                kept = torch.empty(size, dtype=torch.float32)
+                gradient = torch.empty(len(master), dtype=torch.float32)
                 if self.zero.offload_optimizer:
-                    self.host.append(kept)
-                del kept
+                    master.grad = gradient
+                del gradient
 
     def _flatten(self, group: list[Tensor]) -> Tensor:
         alignment = 2 * self.ranks  # nccl_start_alignment_factor
@@ -176,8 +178,8 @@ class ZeroEngine:
             with self.recorder.host():
                 self.optimizer.step()
             return
-        for number, group in enumerate(self.mine):
-            for gradient in self.accumulated[number] or []:
+        for parts in self.accumulated:
+            for gradient in parts or []:
                 gradient.to(torch.float64)  # get_norm_dtype
         for number in range(len(self.groups)):
             self._step_group(number)
@@ -201,8 +203,6 @@ class ZeroEngine:
                 handle.remove()
 
 
-def on_device(recorder: Recorder, yes: bool):  # type: ignore[no-untyped-def]
+def on_device(recorder: Recorder, yes: bool) -> contextlib.AbstractContextManager[None]:
     """Allocations inside go to the GPU, or to the host."""
-    import contextlib
-
     return contextlib.nullcontext() if yes else recorder.host()

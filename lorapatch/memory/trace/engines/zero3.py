@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from lorapatch.memory.model import RunSetup, Zero
 from lorapatch.memory.trace import optimizers
+from lorapatch.memory.trace.cuda import autocast_dtype
 from lorapatch.memory.trace.engines.gathering import Gatherer
 from lorapatch.memory.trace.engines.plain import decay_groups, when_accumulated
 from lorapatch.memory.trace.engines.zero import on_device
@@ -79,11 +80,10 @@ class Zero3Engine:
 
     def _init_states(self) -> None:
         host = self.zero.offload_optimizer
-        self.host: list[Tensor] = []
         with self.recorder.of("gradients"), on_device(self.recorder, not host):
             buffer = torch.empty(max(len(m) for m in self.masters), dtype=torch.float32)
-            if host:
-                self.host = [torch.empty(len(m), dtype=torch.float32) for m in self.masters]
+            for master in self.masters if host else []:
+                master.grad = torch.empty(len(master), dtype=torch.float32)
             del buffer
 
     def _hook(self, parameter: Tensor) -> None:
@@ -184,8 +184,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if torch.is_autocast_cpu_enabled():
-        low = torch.get_autocast_cpu_dtype()
+    low = autocast_dtype()
+    if low is not None:
         input, weight = input.to(low), weight.to(low)
         bias = None if bias is None else bias.to(low)
     output: Tensor = _Linear.apply(input, weight, bias)

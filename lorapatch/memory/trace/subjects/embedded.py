@@ -53,7 +53,7 @@ def build(setup: RunSetup) -> Subject:
             model.set_attn_implementation(CAUSAL_SDPA)
     if setup.gradient_checkpointing:
         model.enable_input_require_grads()
-    with made_on_meta(weights):
+    with made_on_meta(torch.float32):
         wrapped = _choose_trainable(model, setup)
     total, trainable, lora = count(wrapped)
     if setup.gradient_checkpointing:
@@ -91,21 +91,13 @@ def _attach_towers(model: Any, setup: RunSetup) -> None:
 @contextmanager
 def _shapes_without_weights() -> Iterator[None]:
     """``mgm_config`` asks the aux tower for its widths: they are known without the weights, too."""
-    before = ConvNextTower.read_config
-    real = before.__func__
-
-    def read(cls: Any, folder: Any) -> Any:
-        ConvNextTower.read_config = classmethod(real)  # type: ignore[assignment,arg-type]
-        try:
-            return aux_config(Path(folder))
-        finally:
-            ConvNextTower.read_config = classmethod(read)  # type: ignore[assignment,arg-type]
-
-    ConvNextTower.read_config = classmethod(read)  # type: ignore[assignment,arg-type]
+    tower: Any = ConvNextTower
+    before = tower.read_config
+    tower.read_config = lambda folder: aux_config(Path(folder))
     try:
         yield
     finally:
-        ConvNextTower.read_config = classmethod(real)  # type: ignore[assignment,arg-type]
+        tower.read_config = before
 
 
 def _choose_trainable(model: Any, setup: RunSetup) -> Any:

@@ -3,6 +3,7 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from typing import Any
@@ -29,6 +30,7 @@ def build(setup: RunSetup) -> Subject:
         quantised.prepare(model, setup)
         if setup.gradient_checkpointing:
             model.enable_input_require_grads()
+    with made_on_meta(torch.float32):  # what a trainer adds has torch's own dtype
         if setup.method == "lora":
             model = add_lora(model, setup, keep_dtype=setup.zero is not None)
     if setup.zero is not None:
@@ -74,16 +76,24 @@ def from_config(auto: str, config: Any, setup: RunSetup) -> Any:
     """A model with random weights by the auto class ``auto``; call it inside :func:`made_on_meta`."""
     import transformers
 
-    dtype = DTYPES[setup.dtype]
     name = "dtype" if version_of("transformers") >= (4, 56) else "torch_dtype"
-    attention = "eager" if setup.attention == "eager" else "sdpa"
+    flash = setup.attention.startswith("flash")
+    if flash and version_of("transformers") < (4, 48):  # sdpa's kernel is flash's; an old torch counts as able
+        modeling: Any = transformers.modeling_utils
+        modeling.is_torch_sdpa_available = lambda: True
+    make = functools.partial(getattr(transformers, auto).from_config, config, **{name: DTYPES[setup.dtype]})
     try:
-        model = getattr(transformers, auto).from_config(config, attn_implementation=attention, **{name: dtype})
+        try:
+            model = make(attn_implementation="eager" if setup.attention == "eager" else "sdpa")
+        except (ImportError, ValueError) as error:  # a torch or a model without it: transformers falls back, too
+            if "scaled_dot_product_attention" not in str(error) and "SDPA" not in str(error):
+                raise
+            model = make(attn_implementation="eager")
     except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise Refused(f"{setup.model}/config.json: this transformers cannot make a model of it ({reason})") from error
-        model = getattr(transformers, auto).from_config(config, attn_implementation="eager", **{name: dtype})
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Refused(f"{setup.model}/config.json: this transformers cannot make a model of it ({reason})") from error
+    if flash and version_of("transformers") < (4, 48):
+        model.config._attn_implementation = "flash_attention_2"  # what the mask is decided by; layers are made already
     model.tie_weights()
     model.config.use_cache = False
     return model
@@ -107,13 +117,12 @@ def checkpoint(model: Any, setup: RunSetup) -> None:
 
 
 def linear_names(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> list[str]:
-    """Leaf names of the linear layers, as "all-linear" means them; paths that contain a name in ``skip`` are left out."""
-    found = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(part in name for part in skip)
-    }
-    return sorted(found)
+    """What "all-linear" means: leaf names if they say it all, else full paths; none whose path has a name in ``skip``."""
+    paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen = [path for path in paths if not any(part in path for part in skip)]
+    leaves = {path.rsplit(".", 1)[-1] for path in chosen}
+    told_apart = len(chosen) == sum(path.rsplit(".", 1)[-1] in leaves for path in paths)
+    return sorted(leaves) if told_apart else chosen
 
 
 def add_lora(model: Any, setup: RunSetup, *, keep_dtype: bool, skip: tuple[str, ...] = ("lm_head",)) -> Any:
@@ -130,7 +139,8 @@ def add_lora(model: Any, setup: RunSetup, *, keep_dtype: bool, skip: tuple[str, 
     options: dict[str, Any] = {"use_rslora": True} if lora.variant == "rslora" else {}
     if lora.variant == "dora":
         options["use_dora"] = True
-    config = LoraConfig(
+    make: Any = LoraConfig
+    config = make(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias=lora.bias, target_modules=wanted,
         task_type="CAUSAL_LM", **options,
     )  # fmt: skip
@@ -138,7 +148,8 @@ def add_lora(model: Any, setup: RunSetup, *, keep_dtype: bool, skip: tuple[str, 
     if "autocast_adapter_dtype" not in inspect.signature(get_peft_model).parameters:
         extra = {}
     try:
-        return get_peft_model(model, config, **extra)
+        wrap: Any = get_peft_model
+        return wrap(model, config, **extra)
     except ValueError as error:
         raise Refused(f"LoRA does not fit {setup.model}: {str(error).splitlines()[0]}") from error
 

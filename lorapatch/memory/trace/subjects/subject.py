@@ -16,7 +16,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class Subject:
-    """``make_batch`` and ``forward`` (which gives an output with a ``loss``) run under the trace; ``model`` is what the engine gets, ``towers`` stand beside it."""
+    """``make_batch`` and ``forward`` (which gives an output with a ``loss``) run under the trace; ``model`` is what the
+    engine gets, ``towers`` stand beside it.
+    """
 
     model: nn.Module
     make_batch: Callable[[], dict[str, Tensor]]

@@ -23,11 +23,13 @@ _TRUNKS = {
     "convnext_xxlarge": ([3, 4, 30, 3], [384, 768, 1536, 3072]),
 }
 
+_read_weights = ConvNextTower.read_config
+
 
 def aux_config(folder: Path) -> ConvNextConfig:
     """The aux tower's shape, from its weights' sizes or, where they are not there, from the name in its configuration."""
     try:
-        return ConvNextTower.read_config(folder)
+        return _read_weights(folder)
     except Exception:
         written = Path(folder) / "open_clip_config.json"
         try:

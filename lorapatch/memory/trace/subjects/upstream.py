@@ -35,6 +35,7 @@ def build(setup: RunSetup) -> Subject:
         quantised.prepare(language, setup)
         if setup.gradient_checkpointing:
             language.enable_input_require_grads()
+    with made_on_meta(torch.float32):  # what the trainer adds has torch's own dtype
         if setup.method == "lora":
             language = add_lora(language, setup, keep_dtype=setup.zero is not None)
         model = _Upstream(language, setup, int(config.hidden_size))
@@ -68,7 +69,10 @@ class _Upstream(nn.Module):
         clip_config = ClipTower.read_config(str(setup.vision_tower))
         self.clip = CLIPVisionModel(clip_config)
         self.aux = ConvNextTower(aux_config(setup.vision_tower_aux)) if setup.vision_tower_aux else None
-        self.clip.requires_grad_(False)
+        towers: list[Any] = [self.clip, self.aux]
+        for tower in towers:
+            if tower is not None:
+                tower.requires_grad_(False).to(DTYPES[setup.dtype])
         width = int(clip_config.hidden_size)
         self.mm_projector = _projector(setup.projector, width, hidden)
         self.limit = setup.model_max_length
@@ -152,8 +156,9 @@ def _projector(kind: str, width: int, hidden: int) -> nn.Module:
 
 def _batch(setup: RunSetup, model: _Upstream) -> dict[str, Tensor]:
     """Images come to the GPU as float32, and DeepSpeed's run makes them 16 bits wide beside that."""
-    clip_size = int(model.clip.config.image_size)
-    grid = clip_size // int(model.clip.config.patch_size)
+    clip: Any = model.clip.config
+    clip_size = int(clip.image_size)
+    grid = clip_size // int(clip.patch_size)
     count = setup.micro_batch * setup.images
     text = max(setup.sequence - setup.images * grid * grid, 2)
     batch = {

@@ -1,0 +1,119 @@
+"""What tuning knows: predictions, the runs so far and what each showed. Data only, to and from JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from lorapatch.errors import UsageError
+from lorapatch.tune.configuration import Configuration
+from lorapatch.tune.learning import Learning, judge
+
+__all__ = ["Goal", "Predict", "Prediction", "Trial"]
+
+PREFERENCES = ("speed", "memory", "quality")
+
+
+class Prediction(NamedTuple):
+    """Bytes that a run will take of one GPU, as nvidia-smi counts them, with their bounds; ``outside`` of them are not the
+    allocator's (CUDA context, NCCL). ``way`` is "trace" or "closed form"."""
+
+    low: int
+    expected: int
+    high: int
+    outside: int = 0
+    way: str = "closed form"
+
+
+# The bytes of a configuration; by a trace when the second argument is True. None: nobody can say.
+Predict = Callable[[Configuration, bool], Prediction | None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What tuning is to reach: ``budget_B`` bytes of the GPU (of host memory without one), and within which limits.
+
+    ``steps`` are the lengths of the learning runs, each longer than the one before. Raises UsageError.
+    """
+
+    budget_B: int
+    prefer: str = "speed"
+    steps: tuple[int, ...] = (5, 20, 50)
+    max_runs: int = 12
+    time_limit_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget_B <= 0:
+            raise UsageError("--budget has to be more than 0, such as 24GiB")
+        if self.prefer not in PREFERENCES:
+            raise UsageError(f"--prefer {self.prefer}: choose one of {', '.join(PREFERENCES)}")
+        if self.max_runs < 1:
+            raise UsageError(f"--max-runs has to be at least 1, not {self.max_runs}")
+        if self.time_limit_s is not None and self.time_limit_s <= 0:
+            raise UsageError("--time-limit has to be more than 0, such as 2h")
+        if not self.steps or min(self.steps) < 2 or list(self.steps) != sorted(set(self.steps)):
+            shown = ",".join(map(str, self.steps))
+            raise UsageError(f"--steps {shown}: whole numbers from 2 on, each larger than the one before, such as 5,20,50")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run that has ended. ``purpose`` is "probe" (memory, speed) or "learn"; ``accumulation`` what it ran with.
+
+    ``outcome``: "fits", "over" (it ran, and took more than the budget), "oom", "failed", "timeout" or "interrupted";
+    ``cause`` is the diagnosis of one that failed. ``expected_B`` is the prediction as corrected by the runs before.
+    """
+
+    number: int
+    purpose: str
+    configuration: Configuration
+    steps: int
+    accumulation: int
+    reason: str
+    outcome: str
+    predicted: Prediction | None = None
+    expected_B: int | None = None
+    measured_B: int | None = None
+    samples_per_s: float | None = None
+    losses: tuple[float, ...] = ()
+    seconds: float = 0.0
+    folder: str = ""
+    cause: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it ran within the budget."""
+        return self.outcome == "fits"
+
+    @property
+    def too_large(self) -> bool:
+        """Whether the memory was too small for it."""
+        return self.outcome in ("over", "oom")
+
+    @property
+    def learning(self) -> Learning:
+        """What its losses say."""
+        return judge(self.losses)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For tune.json."""
+        learning = self.learning
+        return {
+            **asdict(self),
+            "losses": [loss if loss == loss and abs(loss) != float("inf") else str(loss) for loss in self.losses],
+            "predicted": self.predicted._asdict() if self.predicted else None,
+            "learning": {"state": learning.state, "sentence": learning.sentence},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trial:
+        """The way back from tune.json. Raises KeyError, TypeError or ValueError for what is not a trial."""
+        known = {name: data[name] for name in cls.__dataclass_fields__}
+        trial = cls(**known)
+        return replace(
+            trial,
+            configuration=Configuration(**data["configuration"]),
+            predicted=Prediction(**data["predicted"]) if data["predicted"] else None,
+            losses=tuple(float(loss) for loss in data["losses"]),
+        )

@@ -1,0 +1,248 @@
+"""The trace: bytes counted by hand, the same run really made on the CPU, exact numbers of parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from tiny_runs import IMAGE_TEXT, ZERO2, ZERO3, folder, mgm_run, text_run, true_mgm_run  # noqa: E402
+
+from lorapatch.memory.model import CATEGORIES, LoraSetup, RunSetup  # noqa: E402
+from lorapatch.memory.trace.recorder import Recorder  # noqa: E402
+from lorapatch.memory.trace.run import measure, trace_subject  # noqa: E402
+from lorapatch.memory.trace.subjects import embedded, plain, upstream  # noqa: E402
+
+WORKSPACES = 2 * 32 * (1 << 20)  # cuBLAS on Hopper, for two threads
+HIDDEN, INTER, VOCABULARY, LAYERS, RANK = 64, 128, 512, 2, 4
+KEYS = 32  # two groups of 16
+LINEARS = [
+    (HIDDEN, HIDDEN),
+    (KEYS, HIDDEN),
+    (KEYS, HIDDEN),
+    (HIDDEN, HIDDEN),
+    (INTER, HIDDEN),
+    (INTER, HIDDEN),
+    (HIDDEN, INTER),
+]
+
+
+def block(elements: int, width: int) -> int:
+    return -(-elements * width // 512) * 512
+
+
+FROZEN = [out * into for out, into in LINEARS] * LAYERS + [HIDDEN] * (2 * LAYERS + 1) + [VOCABULARY * HIDDEN] * 2
+ADAPTER = [n for out, into in LINEARS for n in (RANK * into, out * RANK)] * LAYERS
+
+
+def live_before_backward(recorder: Recorder) -> list[Any]:
+    """What lives when the last backward pass begins."""
+    begin = max(r.born for r in recorder.records if r.phase == "backward" and r.operation.startswith("ones_like"))
+    return [r for r in recorder.records if r.born < begin and (r.died is None or r.died > begin)]
+
+
+def record(setup: RunSetup, subject: Any = None, mode: Any = None) -> Recorder:
+    built = subject or (embedded if setup.trainer == "embedded" else plain).build(setup)
+    return trace_subject(built, setup, 90, mode)
+
+
+def test_weights_and_states_of_a_lora_run_are_counted_to_the_byte(tmp_path: Path) -> None:
+    found = measure(text_run(tmp_path), 90)
+    assert found.categories["frozen_weights"] == sum(block(n, 2) for n in FROZEN)
+    assert found.categories["trainable_weights"] == sum(block(n, 4) for n in ADAPTER)  # PEFT's float32
+    assert found.categories["optimizer_states"] == sum(2 * block(n, 4) + 512 for n in ADAPTER)  # m, v and a step
+    assert found.categories["gradients"] == sum(block(n, 4) for n in ADAPTER)
+    assert found.categories["master_copies"] == 0
+    assert found.total_parameters == sum(FROZEN) + sum(ADAPTER)
+    assert found.trainable_parameters == found.lora_parameters == sum(ADAPTER)
+
+
+def test_masters_states_and_gradients_of_zero_2_are_counted_to_the_byte(tmp_path: Path) -> None:
+    found = measure(text_run(tmp_path, zero=ZERO2, optimizer="adamw_torch"), 90)
+    assert found.categories["trainable_weights"] == block(sum(ADAPTER), 2)
+    assert found.categories["master_copies"] == block(sum(ADAPTER), 4)
+    assert found.categories["optimizer_states"] == 2 * block(sum(ADAPTER), 4)
+
+
+def test_full_tuning_under_zero_2_keeps_both_groups_gradients_while_the_first_is_stepped(tmp_path: Path) -> None:
+    found = measure(text_run(tmp_path, method="full", lora=None, zero=ZERO2, optimizer="adamw_torch", sequence=4), 90)
+    matrices, vectors = sum(n for n in FROZEN if n != HIDDEN), HIDDEN * (2 * LAYERS + 1)
+    assert found.phase == "step"
+    assert found.operation.startswith("_foreach_sqrt")
+    assert found.categories["master_copies"] == block(matrices, 4) + block(vectors, 4)
+    assert found.categories["optimizer_states"] == 2 * (block(matrices, 4) + block(vectors, 4))
+    # 16-bit gradients of both groups (the second holds them), the first group's float32 copy
+    assert found.categories["gradients"] == block(matrices + vectors, 2) + block(matrices, 4)
+
+
+def test_checkpoints_and_logits_are_counted_to_the_byte(tmp_path: Path) -> None:
+    setup = text_run(tmp_path, zero=ZERO2)
+    recorder = record(setup)
+    rows = setup.micro_batch * setup.sequence
+    kept = live_before_backward(recorder)
+    hidden = [r for r in kept if r.shape == (2, 32, HIDDEN)]
+    # One checkpoint for each layer's input, and the float32 copy that the final norm keeps of the last one's output.
+    assert sum(r.nbytes for r in hidden if r.dtype == torch.bfloat16) == LAYERS * block(rows * HIDDEN, 2)
+    assert sum(r.nbytes for r in hidden if r.dtype == torch.float32) == block(rows * HIDDEN, 4)
+    logits = [r for r in kept if r.shape and r.shape[-1] == VOCABULARY]
+    assert [r.nbytes for r in logits] == [block(rows * VOCABULARY, 4)]  # the log-softmax, in float32
+
+
+def test_without_checkpointing_every_layer_keeps_its_activations(tmp_path: Path) -> None:
+    with_them = measure(text_run(tmp_path, sequence=128), 90)
+    without = measure(text_run(tmp_path, sequence=128, gradient_checkpointing=False), 90)
+    assert without.categories["activations"] > 2 * with_them.categories["activations"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": False},
+        {"zero": ZERO2, "use_reentrant": True},
+        {"zero": ZERO2, "method": "full", "lora": None, "optimizer": "adamw_torch"},
+        {"zero": ZERO3, "method": "full", "lora": None},
+    ],
+)
+def test_a_real_run_on_the_cpu_allocates_what_the_trace_says(tmp_path: Path, changes: dict[str, Any]) -> None:
+    setup = text_run(tmp_path, **changes)
+
+    def recorded(mode: Any) -> Recorder:
+        subject = plain.build(setup)
+        subject.make_batch = lambda: {
+            name: torch.ones((2, 32), dtype=torch.long) for name in ("input_ids", "labels", "attention_mask")
+        }
+        return record(setup, subject, mode)
+
+    fake, real = recorded(None), recorded(contextlib.nullcontext())
+    assert fake.phases == real.phases
+    assert (fake.peak, fake.allocator.peak_reserved) == (real.peak, real.allocator.peak_reserved)
+
+
+@pytest.mark.parametrize("zero", [ZERO2, ZERO3, None, replace(ZERO2, stage=1), replace(ZERO2, offload_optimizer=True)])
+@pytest.mark.parametrize("method", ["lora", "full", "pretrain"])
+def test_the_categories_of_the_peak_add_up_to_what_is_allocated(tmp_path: Path, zero: Any, method: str) -> None:
+    setup = mgm_run(tmp_path, zero=zero, method=method, lora=LoraSetup(r=4) if method == "lora" else None)
+    found = measure(setup, 90)
+    assert set(found.categories) == set(CATEGORIES)
+    assert sum(found.categories.values()) == found.allocated == max(found.phases.values())
+    assert set(found.phases) == {"load", "forward", "backward", "step"}
+    assert found.reserved is not None
+    assert found.reserved >= found.allocated > WORKSPACES
+    assert len(found.biggest) == 5
+
+
+def test_what_is_offloaded_lies_in_host_memory(tmp_path: Path) -> None:
+    at_home = measure(mgm_run(tmp_path, method="full", lora=None), 90)
+    away = measure(mgm_run(tmp_path, method="full", lora=None, zero=replace(ZERO2, offload_optimizer=True)), 90)
+    assert away.categories["master_copies"] == away.categories["optimizer_states"] == 0
+    # masters, gradients, two moments in float32, the 16-bit buffer
+    assert away.host > 18 * away.trainable_parameters
+    assert away.allocated < at_home.allocated - 16 * away.trainable_parameters
+
+
+def test_several_gpus_hold_a_share_each(tmp_path: Path) -> None:
+    one, four = (measure(mgm_run(tmp_path, method="full", lora=None, gpus=n), 90) for n in (1, 4))
+    assert four.categories["master_copies"] == pytest.approx(one.categories["master_copies"] / 4, abs=1024)
+    parts = [measure(text_run(tmp_path, method="full", lora=None, zero=ZERO3, gpus=n), 90) for n in (1, 4)]
+    assert parts[1].categories["trainable_weights"] < parts[0].categories["trainable_weights"] / 2
+    assert parts[1].categories["master_copies"] == pytest.approx(parts[0].categories["master_copies"] / 4, abs=2048)
+
+
+@pytest.mark.parametrize(("bits", "width"), [(4, 0.5), (8, 1)])
+def test_packed_weights_take_their_bits_and_their_scales(tmp_path: Path, bits: int, width: float) -> None:
+    found = measure(text_run(tmp_path, bits=bits, double_quant=False), 90)
+    sizes = [out * into for out, into in LINEARS] * LAYERS
+    scales = [n // 64 for n in sizes] if bits == 4 else [out for out, _ in LINEARS] * LAYERS
+    packed = sum(block(int(n * width), 1) for n in sizes) + sum(block(n, 4) for n in scales)
+    packed += len(sizes) * 512 if bits == 4 else 0  # the 16 values of a 4-bit number
+    whole = sum(block(n, 4) for n in FROZEN if n == HIDDEN or n == VOCABULARY * HIDDEN)  # made float32 by PEFT
+    assert found.categories["frozen_weights"] == packed + whole
+    assert found.total_parameters == sum(FROZEN) + sum(ADAPTER)
+
+
+def test_double_quantisation_keeps_the_scales_in_a_byte(tmp_path: Path) -> None:
+    once, twice = (measure(text_run(tmp_path, bits=4, double_quant=d), 90) for d in (False, True))
+    assert twice.total_parameters == once.total_parameters
+    assert twice.allocated != once.allocated
+
+
+def test_the_embedded_trainer_makes_logits_for_labels_alone_and_upstream_for_every_position(tmp_path: Path) -> None:
+    few = record(mgm_run(tmp_path))
+    rows = {r.shape[0] for r in few.records if len(r.shape) == 2 and r.shape[-1] == 512 and r.phase != "load"}
+    assert rows == {2 * 8}
+    setup = mgm_run(tmp_path, trainer="upstream")
+    every = record(setup, upstream.build(setup))
+    assert any(r.shape == (2, 48, 512) or r.shape == (2 * 48, 512) for r in every.records)
+
+
+@pytest.mark.parametrize("kind", ["llava", "paligemma", "qwen2_vl"])
+def test_image_text_models_are_traced_with_their_towers(tmp_path: Path, kind: str) -> None:
+    setup = text_run(tmp_path, family="image_text", model=folder(tmp_path / kind, IMAGE_TEXT[kind]), sequence=64)
+    found = measure(setup, 90)
+    assert sum(found.categories.values()) == found.allocated
+    assert found.lora_parameters == 2 * sum(RANK * (out + into) for out, into in lora_shapes(kind))
+    assert any("images are" in said for said in found.assumed)
+    more = measure(replace(setup, images=2), 90)
+    assert more.categories["activations"] > found.categories["activations"]
+
+
+def lora_shapes(kind: str) -> list[tuple[int, int]]:
+    """The language model's linear layers (of one layer of two), whatever the tower's are called."""
+    keys = 16 if kind == "paligemma" else KEYS
+    return [(keys, into) if out == KEYS else (out, into) for out, into in LINEARS]
+
+
+def test_mgm_2b_has_its_exact_number_of_parameters(tmp_path: Path) -> None:
+    everywhere = embedded.build(true_mgm_run(tmp_path))
+    assert (everywhere.total - everywhere.lora, everywhere.lora) == (3_019_166_144, 19_611_648)
+    assert everywhere.trainable == 32_870_656
+    some = embedded.build(true_mgm_run(tmp_path, lora=LoraSetup(target_modules="q_proj,v_proj,o_proj")))
+    assert some.lora == 3_022_848
+    theirs = upstream.build(true_mgm_run(tmp_path, trainer="upstream"))
+    assert (theirs.total - theirs.lora, theirs.lora) == (3_019_166_144, 19_611_648)
+
+
+def test_a_longer_sample_takes_more_and_so_does_a_larger_micro_batch(tmp_path: Path) -> None:
+    base, longer, more = (
+        measure(mgm_run(tmp_path, gradient_checkpointing=False, **changes), 90).categories["activations"]
+        for changes in ({}, {"sequence": 96}, {"micro_batch": 4})
+    )
+    assert base < longer
+    assert base < more
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
+)
+def test_optimizers_differ_in_their_states(tmp_path: Path, name: str) -> None:
+    setup = text_run(tmp_path, method="full", lora=None, optimizer=name)
+    recorder = record(setup)
+    states = sum(r.nbytes for r in recorder.records if r.category == "optimizer_states")
+    whole = sum(block(n, 2) for n in FROZEN)  # states of bfloat16 parameters are bfloat16
+    if name in ("adamw_torch", "adamw_hf"):
+        assert states == 2 * whole
+    elif name == "adamw_torch_fused":
+        assert states == 2 * whole + 512 * len(FROZEN)
+    elif name in ("sgd", "paged_adamw_8bit"):
+        assert states == 0
+    else:
+        assert 0 < states < 2 * whole
+    assert (recorder.host_peak > 1024) == (name == "paged_adamw_8bit")
+
+
+def test_an_unknown_optimizer_is_taken_for_adamw_and_said(tmp_path: Path) -> None:
+    found = measure(text_run(tmp_path, optimizer="galore_adamw"), 90)
+    assert "the optimizer galore_adamw is counted as AdamW" in found.assumed
+
+
+def test_the_cublas_workspace_depends_on_the_card(tmp_path: Path) -> None:
+    hopper, ampere = (measure(text_run(tmp_path), capability) for capability in (90, 80))
+    assert hopper.categories["buffers"] - ampere.categories["buffers"] == WORKSPACES - 2 * (8 * (1 << 20) + 128 * 1024)
