@@ -42,7 +42,7 @@ def test_a_wrong_model_path_an_unknown_flag_and_a_cut_command_are_told_at_their_
     text = script.read_text()
     with pytest.raises(lorapatch.Refused, match="--nonsense is not one of its flags"):
         lorapatch.patch_script(script, lorapatch.PatchOptions(extra={"nonsense": "1"}))
-    lorapatch.patch_script(script, lorapatch.PatchOptions(extra={"nonsense": "1"}), read_trainer=False)
+    lorapatch.patch_script(script, lorapatch.PatchOptions(extra={"nonsense": "1"}), mode="flags")
     assert errors(script) == [(line_of(script, "--nonsense"), "LP501")]
     script.write_text(text.replace("gemma-2b-it", "gemma-3b-it"))
     assert {rule for _, rule in errors(script)} == {"LP301"}
