@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import lorapatch
+from lorapatch.adapter.inspect import find_adapter
 from lorapatch.demo import SCRIPT
 from lorapatch.run.loaded import load_adapter
 
@@ -135,6 +137,21 @@ def test_the_script_with_the_plans_five_flags_trains_an_adapter_and_evaluates_it
     assert len(answers.read_text().splitlines()) == 12
     seen = {finding.id: finding.state for finding in load_adapter(tuned)}  # as smoke and full do when a run has ended
     assert seen == {"loaded": "pass", "effect": "pass", "pictures": "pass", "answers": "not checked"}
+
+
+def test_with_the_merge_the_scripts_own_evaluation_scores_the_tuned_model(trained: Path) -> None:
+    """LoRA at ten times the script's learning rate, merged behind its launch: the evaluation finds a whole model."""
+    toolkit = trained.parent.with_name("merged") / "toolkit"
+    shutil.copytree(trained.parent, toolkit.parent)
+    tuned = toolkit.parent / "output/training_dirs/MGM-2B-Finetune-default"
+    shutil.rmtree(tuned)
+    lorapatch.patch_script(toolkit / SCRIPT, lorapatch.PatchOptions(learning_rate=2e-4), with_merge=True)
+    run(["bash", str(toolkit / SCRIPT)], toolkit.parent)
+    assert (tuned / "model.safetensors.index.json").is_file() and not (tuned / "adapter_config.json").exists()
+    assert find_adapter(tuned) is not None  # kept beside
+    before, after = accuracy(trained, "MGM-2B-Pretrain-default"), accuracy(toolkit, "MGM-2B-Finetune-default")
+    print(f"held-out accuracy of the base {before}, of the merged model {after}")
+    assert after["textvqa"] > before["textvqa"] and after["mmbench"] > before["mmbench"]
 
 
 def test_two_ranks_under_zero_3_have_the_losses_of_one_under_zero_2(lora: Path, trained: Path) -> None:
