@@ -72,6 +72,15 @@ def trained(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "demo/toolkit"
 
 
+@pytest.fixture(scope="module")
+def before(trained: Path) -> dict[str, float]:
+    """The held-out accuracy of what pre-training left."""
+    for words in (["textvqa.sh", "MGM-2B-Pretrain-default", "0"],
+                  ["mmbench.sh", "MGM-2B-Pretrain-default", "mmbench_dev_20230712", "0"]):  # fmt: skip
+        run(["bash", str(trained / "eval" / words[0]), *words[1:]], trained.parent)
+    return accuracy(trained, "MGM-2B-Pretrain-default")
+
+
 def test_the_unchanged_script_runs_to_its_end_and_its_losses_fall(trained: Path) -> None:
     runs = trained.parent / "output" / "training_dirs"
     pretraining = losses(runs / "MGM-2B-Pretrain-default", "pretrain.log")
@@ -83,11 +92,8 @@ def test_the_unchanged_script_runs_to_its_end_and_its_losses_fall(trained: Path)
     assert (trained.parent / "output" / "train.sh").read_bytes() == (trained / SCRIPT).read_bytes()
 
 
-def test_fine_tuning_raises_the_accuracy_on_held_out_pictures(trained: Path) -> None:
-    for words in (["textvqa.sh", "MGM-2B-Pretrain-default", "0"],
-                  ["mmbench.sh", "MGM-2B-Pretrain-default", "mmbench_dev_20230712", "0"]):  # fmt: skip
-        run(["bash", str(trained / "eval" / words[0]), *words[1:]], trained.parent)
-    before, after = accuracy(trained, "MGM-2B-Pretrain-default"), accuracy(trained, "MGM-2B-Finetune-default")
+def test_fine_tuning_raises_the_accuracy_on_held_out_pictures(trained: Path, before: dict[str, float]) -> None:
+    after = accuracy(trained, "MGM-2B-Finetune-default")
     print(f"held-out accuracy before fine-tuning {before}, after {after}")
     assert after["textvqa"] > before["textvqa"] + 0.05
     assert after["mmbench"] > before["mmbench"] + 0.1
@@ -139,7 +145,9 @@ def test_the_script_with_the_plans_five_flags_trains_an_adapter_and_evaluates_it
     assert seen == {"loaded": "pass", "effect": "pass", "pictures": "pass", "answers": "not checked"}
 
 
-def test_with_the_merge_the_scripts_own_evaluation_scores_the_tuned_model(trained: Path) -> None:
+def test_with_the_merge_the_scripts_own_evaluation_scores_the_tuned_model(
+    trained: Path, before: dict[str, float]
+) -> None:
     """LoRA at ten times the script's learning rate, merged behind its launch: the evaluation finds a whole model."""
     toolkit = trained.parent.with_name("merged") / "toolkit"
     shutil.copytree(trained.parent, toolkit.parent)
@@ -149,7 +157,7 @@ def test_with_the_merge_the_scripts_own_evaluation_scores_the_tuned_model(traine
     run(["bash", str(toolkit / SCRIPT)], toolkit.parent)
     assert (tuned / "model.safetensors.index.json").is_file() and not (tuned / "adapter_config.json").exists()
     assert find_adapter(tuned) is not None  # kept beside
-    before, after = accuracy(trained, "MGM-2B-Pretrain-default"), accuracy(toolkit, "MGM-2B-Finetune-default")
+    after = accuracy(toolkit, "MGM-2B-Finetune-default")
     print(f"held-out accuracy of the base {before}, of the merged model {after}")
     assert after["textvqa"] > before["textvqa"] and after["mmbench"] > before["mmbench"]
 
