@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ def program(folder: Path, text: str) -> str:
 
 
 def test_findings_of_the_other_process_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = """{"findings": [{"id": "effect", "tier": 2, "state": "fail", "sentence": "it does nothing", "figures": {"x": 0}}]}"""
+    finding = {"id": "effect", "tier": 2, "state": "fail", "sentence": "it does nothing", "figures": {"x": 0}}
+    words = json.dumps({"findings": [finding]})
     monkeypatch.setattr("lorapatch.run.loaded.sys.executable", program(tmp_path, f"echo '{words}'; exit 1"))
     (found,) = load_adapter(tmp_path)
     assert (found.id, found.tier, found.state, found.sentence) == ("effect", 2, "fail", "it does nothing")
