@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Container
-from typing import NamedTuple
+from functools import cache
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from lorapatch.shell.outline import Span
 
@@ -82,16 +86,32 @@ def _stand_in(long: str) -> str:
     return long if long.isdecimal() or long in _RESERVED else "__"
 
 
+@cache
+def _tokenizer() -> tuple[ModuleType, Callable[[], Any]]:
+    """bashlex's module ``tokenizer``, and what makes a state for it.
+
+    bashlex itself would load its grammar too, which takes a third of the time of a whole `lorapatch patch`. So the package
+    is there, unexecuted, while the two modules are loaded; a later ``import bashlex`` finds them and loads the rest.
+    """
+    spec = None if "bashlex" in sys.modules else find_spec("bashlex")
+    if spec is not None:
+        sys.modules["bashlex"] = module_from_spec(spec)
+    try:
+        from bashlex import state, tokenizer  # type: ignore[import-untyped]
+    finally:
+        if spec is not None:
+            del sys.modules["bashlex"]
+    return tokenizer, state.parserstate
+
+
 def _by_tokens(text: str) -> Parts | None:
     """Words, assignments and redirects of ``text``; None if it has tokens that the grammar has to judge."""
-    from bashlex.state import parserstate  # type: ignore[import-untyped]
-    from bashlex.tokenizer import eoftoken, tokenizer  # type: ignore[import-untyped]
-
+    tokenizer, new_state = _tokenizer()
     words, assignments, redirects = list[Span](), list[Span](), list[Span]()
-    reader = tokenizer(text, parserstate())
+    reader = tokenizer.tokenizer(text, new_state())
     begin = -1  # of a redirect, while it is read
     wanted: Container[str] = ()  # behind a redirect's operator
-    while (token := reader.token()) is not eoftoken:
+    while (token := reader.token()) is not tokenizer.eoftoken:
         kind, span = token.type, (token.lexpos, token.endlexpos)
         if wanted:
             if kind not in wanted:
@@ -118,7 +138,7 @@ def _by_tokens(text: str) -> Parts | None:
 
 
 def _by_grammar(text: str) -> Parts:
-    import bashlex  # type: ignore[import-untyped]  # 190 ms
+    import bashlex
 
     trees = bashlex.parse(text, expansionlimit=0)
     if len(trees) != 1 or trees[0].kind != "command":

@@ -76,6 +76,8 @@ def check_words(outline: Outline, command: Command) -> None:
     text = blank(outline.source, command.start, end, spans)
     try:
         found = bashlex_parts(text)
+    except ImportError:
+        raise
     except Exception as error:  # bashlex raises many kinds on input that it does not know
         raise _disagree(outline, command) from error
     parts = [tuple(_trimmed(outline.source, a + command.start, b + command.start) for a, b in spans) for spans in found]

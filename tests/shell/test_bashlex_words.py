@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,3 +77,18 @@ PIECES = st.sampled_from(
 def test_both_ways_agree_on_any_text(text: str) -> None:
     assert parts("run " + text) == by_grammar("run " + text)
     assert parts(text) == by_grammar(text)
+
+
+def test_a_plain_command_needs_no_grammar_and_the_grammar_can_be_loaded_behind_it() -> None:
+    code = """if True:
+        import sys
+        from lorapatch.shell.bashlex_words import bashlex_parts
+        assert bashlex_parts(b"run a").words == ((0, 3), (4, 5))
+        assert "bashlex" not in sys.modules and "bashlex.parser" not in sys.modules
+        assert bashlex_parts(b"run `a`").words == ((0, 3), (4, 7))
+        import bashlex
+        assert bashlex.parse("a $(b) | c")[0].kind == "pipeline" and list(bashlex.split("a 'b c'")) == ["a", "b c"]
+        assert bashlex.parser.tokenizer is bashlex.tokenizer is sys.modules["bashlex.tokenizer"]
+        assert bashlex_parts(b"run a").words == ((0, 3), (4, 5))
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
