@@ -7,6 +7,7 @@ FOLDER: scripts to read instead of those in tests/cases.
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -15,21 +16,46 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import bashlex
 
-from lorapatch.errors import LorapatchError
-from lorapatch.launch import read_source
-from lorapatch.lora import plan_patch
+from lorapatch.errors import UsageError
+from lorapatch.launch import Launch, Script, read_source
+from lorapatch.lora import PatchOptions, plan_patch
+from lorapatch.lora.choose import choose_launch
+from lorapatch.lora.dialect import flags_for
+from lorapatch.lora.plan import _plan as edits_for
+from lorapatch.shell.command import check_words
+from lorapatch.shell.edit import apply_edits
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "original_scripts" / "train_mgm_2b_stage_1_10k_baseline.sh"
 
 
-def seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+class Cost(NamedTuple):
+    """Seconds by the clock, and of processor time, that of child processes included: less moved by what else runs."""
+
+    wall: float
+    cpu: float
+
+    def beside(self, other: Cost) -> str:
+        return f"bashlex takes {other.wall / self.wall:.1f} times as long, {other.cpu / self.cpu:.1f} times the processor time"
+
+
+def cost(work: Callable[[], object]) -> Cost:
+    begin, before = time.perf_counter(), os.times()
     work()
-    return time.perf_counter() - begin
+    wall, after = time.perf_counter() - begin, os.times()
+    return Cost(wall, sum(after[:4]) - sum(before[:4]))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    return cost(work).wall
+
+
+def middle(costs: list[Cost]) -> Cost:
+    return Cost(*(statistics.median(values) for values in zip(*costs)))
 
 
 def whole_process(rounds: int = 15) -> None:
@@ -43,12 +69,13 @@ def whole_process(rounds: int = 15) -> None:
                 old.unlink()
             copy = Path(shutil.copy(SCRIPT, folder))
             peer = [sys.executable, "-c", "import click, bashlex, tree_sitter_bash"]
-            imports.append(seconds(lambda peer=peer: subprocess.run(peer, check=True)))
+            imports.append(cost(lambda peer=peer: subprocess.run(peer, check=True)))
             ours = [program, "patch", str(copy)]
-            patch.append(seconds(lambda ours=ours: subprocess.run(ours, check=True, capture_output=True)))
-    one, other = statistics.median(patch), statistics.median(imports)
-    print(f"lorapatch patch, whole process     {one * 1e3:7.0f} ms")
-    print(f"import click, bashlex, tree_sitter {other * 1e3:7.0f} ms    ratio {one / other:.2f}")
+            patch.append(cost(lambda ours=ours: subprocess.run(ours, check=True, capture_output=True)))
+    one, other = middle(patch), middle(imports)
+    print(f"lorapatch patch, whole process     {one.wall * 1e3:7.0f} ms    {one.cpu * 1e3:5.0f} ms of processor time")
+    print(f"import click, bashlex, tree_sitter {other.wall * 1e3:7.0f} ms    {other.cpu * 1e3:5.0f} ms", end="")
+    print(f"    ratio {one.wall / other.wall:.2f}, {one.cpu / other.cpu:.2f}")
 
 
 def hundred_checks(rounds: int = 3) -> None:
@@ -77,36 +104,70 @@ def corpus(folder: Path | None) -> list[bytes]:
 
 
 def many_scripts(scripts: list[bytes]) -> None:
-    parsed, bashlex_s = [], 0.0
-    for source in scripts:
-        begin = time.perf_counter()
-        try:
-            bashlex.parse(source.decode())
-        except Exception:
-            continue
-        bashlex_s += time.perf_counter() - begin
-        parsed.append(source)
-
-    def read() -> None:
-        for source in parsed:
-            read_source(source)
-
-    def patch() -> None:
-        for source in parsed:
-            try:
-                plan_patch(read_source(source))
-            except LorapatchError:
-                pass
-
-    read_s, patch_s = seconds(read), seconds(patch)
+    """Reading and patching in one process against bashlex on the whole files, of which it must understand each."""
+    parsed = [source for source in scripts if quietly(lambda source: bashlex.parse(source.decode()), source)]
+    patched = [source for source in parsed if quietly(plan_edits, source)]
     print(f"{len(scripts)} scripts; bashlex parses {len(parsed)} of them, {sum(map(len, parsed)) / 1e6:.2f} MB:")
-    print(f"  bashlex.parse, whole files        {bashlex_s:7.2f} s")
-    print(
-        f"  read                              {read_s:7.2f} s    bashlex takes {bashlex_s / read_s:.1f} times as long"
-    )
-    print(
-        f"  read, patch and prove             {patch_s:7.2f} s    bashlex takes {bashlex_s / patch_s:.1f} times as long"
-    )
+    compare(parsed, {"read": read_source})
+    print(f"of these, {len(patched)} have a launch to patch, {sum(map(len, patched)) / 1e6:.2f} MB:")
+    levels = {
+        "read": read_source,
+        "read and plan the edits": plan_edits,
+        "… and read what they make": read_edited,
+        "… and ask bash, twice": lambda source: plan_patch(read_source(source)),
+        "nothing but two starts of bash": start_bash,
+    }
+    compare(patched, levels)
+
+
+def compare(scripts: list[bytes], levels: dict[str, Callable[[bytes], object]]) -> None:
+    """Each level on all scripts, next to bashlex.parse on the same; in turn, fifty scripts at a time."""
+    works = {"bashlex.parse, whole files": lambda source: bashlex.parse(source.decode()), **levels}
+    spent: dict[str, list[Cost]] = {name: [] for name in works}
+    for at in range(0, len(scripts), 50):
+        for name, work in works.items():
+            some = scripts[at : at + 50]
+            spent[name].append(cost(lambda work=work, some=some: [quietly(work, source) for source in some]))
+    total = {name: Cost(*map(sum, zip(*costs))) for name, costs in spent.items()}
+    peer = next(iter(total.values()))
+    for name, ours in total.items():
+        comparison = "" if ours is peer else ours.beside(peer)
+        print(f"  {name:34} {ours.wall / len(scripts) * 1e3:6.2f} ms a script    {comparison}".rstrip())
+
+
+def quietly(work: Callable[[bytes], object], source: bytes) -> bool:
+    """Whether ``work`` can do anything with ``source``; bashlex raises many kinds."""
+    try:
+        work(source)
+    except Exception:
+        return False
+    return True
+
+
+def plan_edits(source: bytes) -> tuple[Script, Launch, bytes]:
+    """The patched text, bytes to bytes: what a patch is before anything is proved of it."""
+    script = read_source(source)
+    launch = choose_launch(script, None)
+    check_words(launch.text.outline, launch.command)
+    flags = flags_for(None, PatchOptions())[0]
+    text = apply_edits(source, edits_for(script, launch, flags)[0])
+    if text == source:
+        raise UsageError("nothing to patch")
+    return script, launch, text
+
+
+def read_edited(source: bytes) -> None:
+    """Both parsers on the patched text as well."""
+    script, launch, text = plan_edits(source)
+    now = read_source(text).launches[launch.number - 1]
+    check_words(now.text.outline, now.command)
+
+
+def start_bash(source: bytes) -> None:
+    """Two processes at a time, as a patch has them."""
+    both = [subprocess.Popen(["bash", "--norc", "-n"], stdin=subprocess.DEVNULL) for _ in range(2)]
+    for one in both:
+        one.wait()
 
 
 def long_scripts() -> None:

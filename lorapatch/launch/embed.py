@@ -17,6 +17,8 @@ _PROGRAM = b"run "
 _LIMIT = 1 << 20  # bytes of one text: `X="$X$X"` doubles
 _DEPTH = 100
 _VARIABLE = re.compile(rb"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+_ORDINARY = re.compile(rb"[^\\'\"$]+")
+_QUOTED = re.compile(rb"[^']+")
 _WORD = re.compile(rb'"?\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)((?:\[[@*]\])?)\})"?')
 
 
@@ -90,12 +92,14 @@ class Embedder:
             offsets.extend(range(start, end))
 
         while i < word[1]:
+            run = (_QUOTED if quote == b"'" else _ORDINARY).match(source, i, word[1])
+            if run is not None:
+                take(i, run.end())
+                i = run.end()
+                continue
             char = source[i : i + 1]
             if quote == b"'":
-                if char == b"'":
-                    quote = b""
-                else:
-                    take(i, i + 1)
+                quote = b""
                 i += 1
             elif char == b"\\" and i + 1 < word[1]:
                 following = source[i + 1 : i + 2]

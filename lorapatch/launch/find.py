@@ -24,9 +24,11 @@ _WRAPPERS = frozenset(
     " ncu py-spy coproc ssh pdsh chronic systemd-run torchx ! xargs tsp".split()
 )
 _SHELLS = {"bash", "sh", "zsh", "dash"}
+_RUNNERS = {"eval", *_SHELLS, *_WRAPPERS}
 _WHICH = re.compile(r"""["']?(?:\$\(|`)\s*(?:which|command\s+-v|type\s+-P)\s+["']?([\w.-]+)["']?\s*(?:\)|`)["']?""")
 _NAMED = re.compile(r'"?\$\{?(\w+)\}?"?')
 _REST = re.compile(r'"?\$(?:[@*]|\{[@*](?::\d+)?\})"?')
+_PLAIN = re.compile(rb"[\w./,:=+@%-]+")  # as it is written, so it is passed
 _FLAG = re.compile(r"-{1,2}[A-Za-z]")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 _LAUNCHER = re.compile(rb"\b(?:deepspeed|torchrun|accelerate\s+launch|python3?\s+\S+\.py|torch\.distributed)\b")
@@ -80,6 +82,8 @@ class _Finder:
         return self.launches
 
     def _visit(self, site: _Site, depth: int) -> None:
+        if _runs_nothing(site):
+            return None
         self._skipped = []
         items = self._flatten(site)
         index = 0
@@ -171,8 +175,13 @@ class _Finder:
         """The words of the command, with variables and arrays that hold several words put in their place."""
         items: list[_Item] = []
         command, text = site.command, site.text
+        source = text.outline.source
         for top, span in enumerate(command.words):
-            raw = text.outline.source[slice(*span)]
+            raw = source[span[0] : span[1]]
+            if text.offsets is None and _PLAIN.fullmatch(raw):  # most words are
+                plain_word = raw.decode("ascii")
+                items.append(_Item(Word(plain_word, span, text.where, plain_word), top, ()))
+                continue
             own = text.span(span)
             variable = variable_in(raw)
             inner = self._expansion(variable, site, top) if variable is not None else None
@@ -198,7 +207,8 @@ class _Finder:
                 return None
             else:
                 found = self.embedder.variable_text(name, at, context)
-                found = replace(found, text=found.text.replace(b"\n", b" "))
+                if b"\n" in found.text:
+                    found = replace(found, text=found.text.replace(b"\n", b" "))
         except Unresolved:
             self._skip_conditional(name)
             return None
@@ -354,12 +364,13 @@ class _Finder:
         flags: list[Flag] = []
         index = 0
         line = self.values.outline.line
+        begins = [_FLAG.match(word.text.lstrip("\"'")) is not None for word in arguments]
         while index < len(arguments):
             word = arguments[index]
             index += 1
-            written = word.text.lstrip("\"'")
-            if not _FLAG.match(written):
+            if not begins[index - 1]:
                 continue
+            written = word.text.lstrip("\"'")
             name, equals, _ = written.partition("=")
             if equals:
                 cut = word.text.index("=") + 1
@@ -367,12 +378,22 @@ class _Finder:
                 flags.append(Flag(name.strip("\"'"), word, (value,), True, line(word.span[0])))
                 continue
             values: list[Word] = []
-            while index < len(arguments) and not _FLAG.match(arguments[index].text.lstrip("\"'")):
+            while index < len(arguments) and not begins[index]:
                 if not _REST.fullmatch(arguments[index].text):
                     values.append(arguments[index])
                 index += 1
             flags.append(Flag(name.strip("\"'"), word, tuple(values), False, line(word.span[0])))
         return flags
+
+
+def _runs_nothing(site: _Site) -> bool:
+    """Whether the program is named outright and neither launches anything nor runs other programs, like most commands."""
+    words = site.command.words
+    first = site.text.outline.source[words[0][0] : words[0][1]] if words else b""
+    if not _PLAIN.fullmatch(first):
+        return False
+    name = first.decode("ascii")
+    return launcher_of(name) is None and name.rsplit("/", 1)[-1] not in _RUNNERS
 
 
 def _behind_attach(items: Sequence[_Item], program: int, module: bool) -> tuple[int, bool]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorapatch.attach import FLAGS
 from lorapatch.errors import Refused
 from lorapatch.launch.model import Launch, Script
 from lorapatch.launch.options import module_option
@@ -44,6 +43,8 @@ def why_attach(launch: Launch, support: TrainerSupport | None, options: PatchOpt
         return "--mode attach"
     if advice.mode == "attach":
         return advice.reason
+    from lorapatch.attach import FLAGS  # argparse, runpy and more come with it
+
     ours = sorted(name for name in extra & set(FLAGS) if support.flag(name).state == "unknown")
     return f"{support.trainer} has no flag --{ours[0]}" if ours else None
 

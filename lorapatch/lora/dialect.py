@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorapatch.attach import FLAGS
 from lorapatch.errors import Refused
 from lorapatch.launch.model import Launch, Script
 from lorapatch.lora.flags import PatchOptions, wanted_flags
@@ -51,6 +50,8 @@ def flags_for(
         _check_bits(support, options)
     if support is None:
         return {name: (value,) for name, value in wanted.items() if not (attach and name == "bits")}, []
+    from lorapatch.attach import FLAGS  # argparse, runpy and more come with it
+
     flags: dict[str, Words] = {}
     notes: list[str] = []
     asked_for = _asked_for(options)

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 from lorapatch.errors import Refused
+from lorapatch.shell.bashlex_words import bashlex_parts
 from lorapatch.shell.outline import Command, Outline, Span
 
 __all__ = ["blank", "check_words", "check_not_cut", "gaps"]
@@ -68,29 +69,19 @@ def _check_not_continued(outline: Outline, command: Command) -> None:
 
 def check_words(outline: Outline, command: Command) -> None:
     """Raise Refused unless bashlex finds the words, prefix and redirects of ``command`` where tree-sitter does."""
-    import bashlex  # type: ignore[import-untyped]  # 190 ms
-
     end = min((start for start, _ in command.heredocs), default=command.end)
     spans = list(command.expansions)
     if command.words and outline.source[slice(*command.words[0])] in _KEYWORDS:
         spans.append(command.words[0])
     text = blank(outline.source, command.start, end, spans)
     try:
-        trees = bashlex.parse(text.decode("ascii"), expansionlimit=0)
+        found = bashlex_parts(text)
+    except ImportError:
+        raise
     except Exception as error:  # bashlex raises many kinds on input that it does not know
         raise _disagree(outline, command) from error
-    if len(trees) != 1 or trees[0].kind != "command":
-        raise _disagree(outline, command)
-    found: dict[str, list[Span]] = {"word": [], "assignment": [], "redirect": []}
-    for part in trees[0].parts:
-        if part.kind not in found:
-            raise _disagree(outline, command)
-        found[part.kind].append(_trimmed(outline.source, part.pos[0] + command.start, part.pos[1] + command.start))
-    if (
-        tuple(found["word"]) != command.words
-        or tuple(found["assignment"]) != command.assignments
-        or tuple(found["redirect"]) != command.redirects
-    ):
+    parts = [tuple(_trimmed(outline.source, a + command.start, b + command.start) for a, b in spans) for spans in found]
+    if parts != [command.words, command.assignments, command.redirects]:
         raise _disagree(outline, command)
 
 

@@ -44,6 +44,8 @@ EXPANSIONS = {
     "ansi_c_string",
     "translated_string",
 }
+# Kinds of words with nothing in them to expand; most words are of these.
+_FLAT = {"word", "raw_string"}
 
 
 class Command(NamedTuple):
@@ -201,15 +203,17 @@ def _read_command(visit: _Visit, parts: list[Node], source: bytes) -> tuple[Comm
     expansions: list[Span] = []
     inner: list[Node] = []
     for part in parts:
-        if part.type == "variable_assignment":
+        kind = part.type
+        if kind == "variable_assignment":
             prefix.append(_span(part))
-        elif part.type in REDIRECTS:
+        elif kind in REDIRECTS:
             target, more = _split_redirect(part)
             words.extend(more)
-            (heredocs if part.type == "heredoc_redirect" else redirects).append((part.start_byte, target))
+            (heredocs if kind == "heredoc_redirect" else redirects).append((part.start_byte, target))
         else:
-            _add_word(words, _span(part))
-        _find_expansions(part, expansions, inner)
+            _add_word(words, (part.start_byte, part.end_byte))
+        if kind not in _FLAT:
+            _find_expansions(part, expansions, inner)
     words = _join_continued(sorted(words), source)
     command = Command(
         start=parts[0].start_byte,

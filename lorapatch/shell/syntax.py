@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import tempfile
-import threading
 from types import TracebackType
 from typing import TypeVar
 
@@ -56,14 +55,10 @@ class _Bash:
 
     def _answer(self) -> tuple[int, bytes, bytes]:
         """Its exit code, standard output and standard error. Raises Refused if it takes too long."""
-        late = threading.Timer(_TIMEOUT, self._process.kill)  # communicate() with a time limit sleeps while it waits
-        late.start()
         try:
-            out, err = self._process.communicate()
-        finally:
-            late.cancel()
-        if self._process.returncode == -9:
-            raise Refused(f"bash did not answer within {_TIMEOUT} s, so nothing was written")
+            out, err = self._process.communicate(timeout=_TIMEOUT)
+        except subprocess.TimeoutExpired as error:
+            raise Refused(f"bash did not answer within {_TIMEOUT} s, so nothing was written") from error
         return self._process.returncode, out, err
 
 

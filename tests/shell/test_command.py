@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from lorapatch.errors import Refused
+from lorapatch.shell import bashlex_words
 from lorapatch.shell.command import blank, check_not_cut, check_words
 from lorapatch.shell.outline import outline
 
@@ -50,6 +53,15 @@ def test_a_span_that_is_off_by_one_byte_is_a_disagreement() -> None:
             with pytest.raises(Refused, match="two parsers do not agree"):
                 check_words(read, command._replace(words=words))
     check_words(read, command)
+
+
+@pytest.mark.parametrize("text", ["run --x", "run `date`"])
+def test_a_missing_bashlex_is_no_disagreement(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bashlex", None)
+    bashlex_words._tokenizer.cache_clear()
+    read = outline(text.encode())
+    with pytest.raises(ImportError, match="bashlex"):
+        check_words(read, read.commands[0]._replace(expansions=()))
 
 
 def test_a_comment_behind_a_backslash_is_found() -> None:

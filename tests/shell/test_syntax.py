@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorapatch.errors import Refused
+from lorapatch.shell import syntax
 from lorapatch.shell.outline import outline
 from lorapatch.shell.syntax import BashWords, syntax_error
 
@@ -78,6 +80,16 @@ def test_a_bash_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(Refused, match=said):
         words("run a b")
+
+
+@pytest.mark.parametrize("ask", [words, syntax_error])
+def test_a_bash_that_does_not_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Any) -> None:
+    (tmp_path / "bash").write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    (tmp_path / "bash").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(syntax, "_TIMEOUT", 0.3)
+    with pytest.raises(Refused, match=r"bash did not answer within 0\.3 s"):
+        ask("run a b" if ask is words else b"run a b\n")
 
 
 def test_bash_is_asked_from_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
