@@ -108,7 +108,8 @@ class _Session:
         """Decide, run, record, until there is an end. Raises Refused for a run that cannot be started."""
         while True:
             decision = decide(self.space, self.goal, self.trials, self.predictor)
-            self.skipped += [item for item in decision.skipped if item not in self.skipped]
+            said = {item.configuration for item in decision.skipped}
+            self.skipped = [item for item in self.skipped if item.configuration not in said] + list(decision.skipped)
             if decision.configuration is None:
                 return decision
             number = len(self.trials) + 1
