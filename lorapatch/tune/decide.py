@@ -244,11 +244,12 @@ def _last_resort(levels: Sequence[_Level], fitting: Fitting) -> Decision | None:
     if fitting.space.host and len(fitting.trials) == 1 and not fitting.was_run(first):
         reason = "a second measurement, of the smallest that costs no quality: how host memory grows is not known yet"
         return Decision(reason, first, "probe", PROBE_STEPS, fitting.expected(first))
-    sizes = [(fitting.expected(level.smallest) or 0, number, level.smallest) for number, level in enumerate(levels)]
-    open_ones = [item for item in sizes if not fitting.was_run(item[2]) and fitting.barred_by(item[2]) is None]
-    if not open_ones:
+    left = [level.smallest for level in levels if not fitting.was_run(level.smallest)]
+    left = [smallest for smallest in left if fitting.barred_by(smallest) is None and fitting.expected(smallest) is not None]
+    if not left:
         return None
-    size, _, smallest = min(open_ones, key=lambda item: item[:2])
+    smallest = min(left, key=lambda configuration: fitting.expected(configuration) or 0)
+    size = fitting.expected(smallest)
     if not fitting.may_fit(smallest):
         return None
     reason = f"nothing is expected to fit, this comes nearest: {gib(size)}"
@@ -378,7 +379,7 @@ def _probe_blindly(space: Space, goal: Goal, trials: Sequence[Trial], fitting: F
     configuration, left = space.start, list(space.rungs)
     while configuration in run and left:
         lower = left.pop(0).on(configuration)
-        if lower is not None and (lower in run or fitting.barred_by(lower) is None):
+        if lower is not None and fitting.barred_by(lower) is None:
             configuration = lower
     if configuration in run:
         return None

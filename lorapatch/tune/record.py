@@ -145,6 +145,8 @@ def table(tuned: TunedScript, trials: Sequence[Trial], skipped: Sequence[Skipped
         learning = trial.learning
         loss = f"{trial.losses[0]:.4g} to {trial.losses[-1]:.4g}" if trial.losses else "n/a"
         verdict = trial.outcome if not trial.fits or trial.purpose == "probe" else learning.state
+        if trial.cut_short:
+            verdict = f"{verdict}, cut short" if trial.fits else "cut short"
         rows.append(
             [
                 f"{trial.number}{'*' if best is not None and best.number == trial.number else ''}",

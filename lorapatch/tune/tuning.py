@@ -291,9 +291,10 @@ def result_words(trial: Trial, goal: Goal) -> str:
         "over": f"too large: {gib(trial.measured_B)} of {gib(goal.budget_B)}",
         "oom": f"out of memory: {trial.cause}",
         "failed": f"failed: {trial.cause}",
-        "timeout": "ended at the time limit",
+        "timeout": trial.cause,
     }
     parts = [outcomes.get(trial.outcome, trial.outcome)]
+    parts += [f"{gib(trial.measured_B)} of {gib(goal.budget_B)}"] if trial.cut_short and trial.fits else []
     parts += [f"{trial.samples_per_s:.3g} samples/s"] if trial.samples_per_s else []
     parts += [trial.learning.sentence] if trial.purpose == "learn" and trial.losses else []
     return ", ".join(parts)
