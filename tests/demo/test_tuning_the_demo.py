@@ -24,12 +24,12 @@ pytestmark = pytest.mark.train
 
 SCRIPT = "train_mgm_2b_stage_1_10k_baseline.sh"
 ONE_WORKER = {
-    "per_device_train_batch_size": "32",
+    "per_device_train_batch_size": "16",
     "gradient_accumulation_steps": "1",
     "dataloader_num_workers": "1",
 }
 # Without workers what is left of the host memory is the trainer's own, and that goes with the micro-batch.
-LARGE = {"per_device_train_batch_size": "128", "gradient_accumulation_steps": "1", "dataloader_num_workers": "0"}
+LARGE = {"per_device_train_batch_size": "64", "gradient_accumulation_steps": "1", "dataloader_num_workers": "0"}
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_ladder_shrinks_into_host_memory(script: Path, tmp_path: Path) -> No
     best = done.winner
     assert best is not None and done.passed and done.script is not None, [done.reason, done.rows]
     assert best.measured_B is not None and best.measured_B <= goal.budget_B < first.measured_B
-    assert best.configuration.micro_batch < 128 and best.configuration.samples == 128
+    assert best.configuration.micro_batch < 64 and best.configuration.samples == 64
     assert best.samples_per_s and best.predicted is not None
     assert script.read_bytes() == before
     launch = choose_launch(read_script(done.script))
@@ -80,7 +80,7 @@ def test_the_ladder_shrinks_into_host_memory(script: Path, tmp_path: Path) -> No
 
 
 def test_a_learning_rate_that_diverges_is_brought_down_to_one_that_works(script: Path, tmp_path: Path) -> None:
-    goal = Goal(64 << 30, prefer="memory", steps=(10,), max_runs=4)
+    goal = Goal(64 << 30, prefer="memory", steps=(8,), max_runs=4)
     patch = PatchOptions(learning_rate=5e-3, extra=ONE_WORKER)
     done = tune(script, goal, patch, TuneOptions(runs=tmp_path / "tunes", interval_s=1), view=PlainView(print))
     lessons = {t.configuration.learning_rate: t.learning.state for t in done.trials if t.purpose == "learn"}

@@ -13,9 +13,14 @@ from lorapatch.cli import main
 from lorapatch.errors import Refused, UsageError
 from lorapatch.launch import read_script
 from lorapatch.lora.flags import PatchOptions
+from lorapatch.run.runs import RunOptions
+from lorapatch.run.view import PlainView
 from lorapatch.tune import Goal, Prediction, Trial, TuneOptions, Tuning, preview, tune
 from lorapatch.tune.configuration import Configuration
+from lorapatch.tune.decide import Decision
 from lorapatch.tune.record import COLUMNS
+from lorapatch.tune.script import read_tuned
+from lorapatch.tune.trials import Runner
 
 MIB = 1 << 20
 
@@ -111,6 +116,48 @@ def test_an_interrupted_tuning_goes_on_where_it_was(script: Path) -> None:
     assert rest.script == whole.script  # what tuning wrote, tuning replaces
 
 
+def test_a_run_that_the_limit_ends_is_told_to_be_gone_on_with(script: Path) -> None:
+    tuned = read_tuned(script, PatchOptions(learning_rate=2e-4), None)
+    goal, options = Goal(4000 * MIB), RunOptions(runs=Path("runs"), interval_s=0.2, budget_B=4000 * MIB)
+    runner = Runner(tuned, goal, options, PlainView(lambda line: None), gpu=False)
+    trial = runner(1, Decision("how far it comes", tuned.start, "learn", 2000), None, 5.0)
+    assert trial.outcome == "timeout" and "`lorapatch tune … --resume` goes on" in trial.cause
+    assert len(trial.rates) == len(trial.losses) < 2000 and (trial.first_step_s is not None) == bool(trial.losses)
+    assert trial.fits == (len(trial.losses) >= 2) and Trial.from_dict(json.loads(json.dumps(trial.as_dict()))) == trial
+    record = json.loads((Path("runs") / trial.folder / "record.json").read_text())
+    assert record["diagnosis"]["remedy"] == f"lorapatch tune {script} --budget {4000 * MIB} --resume"
+
+
+def test_a_session_that_its_limit_cut_short_goes_on_with_a_wider_one(script: Path) -> None:
+    cut = []
+
+    def limited(number, decision, predicted, timeout):  # type: ignore[no-untyped-def]
+        """A probe of 20 s; of the learning run the limit leaves one step."""
+        losses = (2.5, 2.4, 2.3, 2.2, 2.1)[: 3 if decision.purpose == "probe" else 5]
+        short = timeout is not None and timeout < 60 and decision.purpose == "learn"
+        cut.append(short)
+        return Trial(
+            number, decision.purpose, decision.configuration, decision.steps, 2, decision.reason,
+            "timeout" if short else "fits", measured_B=None if short else 60 * MIB, samples_per_s=3.0,
+            losses=losses[:1] if short else losses, seconds=20.0, first_step_s=10.0, cause="the time limit" if short else "",
+            rates=(2e-4,) * (1 if short else len(losses)),
+        )  # fmt: skip
+
+    def go(limit_s: float, resume: bool) -> Tuning:
+        options = TuneOptions(runs=Path("runs"), resume=resume)
+        goal = Goal(4000 * MIB, prefer="memory", steps=(5,), time_limit_s=limit_s)
+        patch = PatchOptions(learning_rate=2e-4)
+        return tune(script, goal, patch, options, estimate=predict, run_trial=limited)
+
+    first = go(50, False)
+    assert first.end == "limit" and [trial.outcome for trial in first.trials][-1] == "timeout"
+    assert "cut short" in first.rows[-1][6] and first.winner is not None and first.winner.purpose == "probe"
+    rest = go(900, True)
+    assert rest.folder == first.folder and rest.end == "done" and rest.passed, rest.reason
+    again = rest.trials[len(first.trials)]
+    assert (again.configuration, again.steps) == (first.trials[-1].configuration, 5) and again.learning.learns
+
+
 def test_an_interruption_is_no_run_and_writes_no_script(script: Path) -> None:
     def interrupted(number, decision, predicted, timeout):  # type: ignore[no-untyped-def]
         return Trial(number, "probe", decision.configuration, 3, 2, decision.reason, "interrupted")
@@ -169,6 +216,7 @@ def test_the_command_tells_what_it_does_and_what_came_of_it(script: Path) -> Non
         str(script), "--budget", "4GiB", "--max-runs", "2", "--steps", "5,20", "--time-limit", "10min", "--interval", "0.2"
     )
     assert done.exit_code == 0, done.output
+    assert "to go on: the same command with --resume and a wider limit" in done.output
     assert "run 1, probe of 3 steps" in done.output and "limit: the limit of 2 runs is reached" in done.output
     assert "because " in done.output and "+++ train_tuned.sh" in done.output and "written: " in done.output
 
