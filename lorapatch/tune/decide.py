@@ -85,12 +85,12 @@ def winner(goal: Goal, trials: Sequence[Trial]) -> Trial | None:
     taught = [t for t in trials if t.purpose == "learn" and t.fits and t.configuration.footprint not in too_large]
     good = [trial for trial in taught if trial.learning.learns]
     if goal.prefer == "quality" and good:
-        return min(good, key=lambda trial: (trial.learning.final or math.inf, -trial.number))
+        return min(good, key=lambda trial: (trial.final or math.inf, -trial.number))
     if good:
         return good[-1]
     usable = [t for t in taught if t.learning.state in ("weak", "flat", "unknown")]
     if usable:
-        return min(usable, key=lambda trial: (trial.learning.final or math.inf, -trial.number))
+        return min(usable, key=lambda trial: (trial.final or math.inf, -trial.number))
     return best_probe(trials, goal) if not taught else None
 
 

@@ -65,7 +65,8 @@ class Trial:
     limit of the session) or "interrupted"; of one that failed ``diagnosis`` is the diagnosis's id, ``cause`` and
     ``remedy`` are its words. ``expected_B`` is the prediction as corrected by the runs before. ``measured_B`` is None
     where the run was too short, or failed: that says nothing of what it takes. ``rates`` are the learning rates logged
-    with ``losses``; ``first_step_s`` the seconds to the first of them.
+    with ``losses``; ``first_step_s`` the seconds to the first of them; ``held_out`` the loss on held-out data at the end,
+    where the script has any.
     """
 
     number: int
@@ -87,6 +88,7 @@ class Trial:
     remedy: str = ""
     rates: tuple[float | None, ...] = ()
     first_step_s: float | None = None
+    held_out: float | None = None
 
     @property
     def cut_short(self) -> bool:
@@ -119,6 +121,11 @@ class Trial:
     def learning(self) -> Learning:
         """What its losses say."""
         return judge(self.losses, self.rates)
+
+    @property
+    def final(self) -> float | None:
+        """The loss that it is compared by: on held-out data, else where the line through its losses ends."""
+        return self.held_out if self.held_out is not None else self.learning.final
 
     def as_dict(self) -> dict[str, Any]:
         """For tune.json."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorapatch.launch import Launch
 from lorapatch.run.finish import Report, Subject
 from lorapatch.run.gpus import Gpus
 from lorapatch.run.runs import RunOptions, StageRun, run_stage
@@ -56,12 +57,15 @@ class Runner:
         accumulation = configuration.accumulation
         if probe and self.gpu:
             accumulation = min(accumulation, _PROBE_ACCUMULATION)
+        flags = {} if probe else _evaluation(launch, decision.steps)
+        if accumulation != configuration.accumulation:
+            flags["gradient_accumulation_steps"] = str(accumulation)
         stage = StageRun(
             "probe" if probe else "tune",
             "probe",
             max_steps=decision.steps,
             save_steps=decision.steps,
-            flags={"gradient_accumulation_steps": str(accumulation)} if accumulation != configuration.accumulation else {},
+            flags=flags,
             environment=self._limit(predicted),
         )
         options = replace(
@@ -87,6 +91,7 @@ class Runner:
             seconds=report.record["outcome"]["wall_s"],
             folder=report.folder.name,
             rates=tuple(row.rate for row in rows),
+            held_out=_held_out(report.record["metrics"]),
             first_step_s=round(rows[0].time - _began(report), 1) if rows else None,
             **shown._asdict(),
         )
@@ -104,6 +109,19 @@ class Runner:
         share = (self.goal.budget_B - outside) / total if total else 1.0
         given = float(os.environ.get(FRACTION) or 1.0)
         return {FRACTION: f"{min(max(share, 0.01), given):.4f}"} if min(share, given) < 1 else {}
+
+
+def _evaluation(launch: Launch, steps: int) -> dict[str, str]:
+    """Where the script looks at held-out data, a learning run does so once, behind its last step."""
+    flag = launch.flag("eval_strategy", "evaluation_strategy")
+    if flag is None or (flag.value or "no").lower() == "no":
+        return {}
+    return {flag.name.lstrip("-"): "steps", "eval_steps": str(steps)}
+
+
+def _held_out(metrics: Mapping[str, Any]) -> float | None:
+    losses = [float(found["eval_loss"]) for found in metrics["evaluations"] if "eval_loss" in found]
+    return losses[-1] if losses else None
 
 
 def _as_estimate(predicted: Prediction) -> dict[str, Any]:

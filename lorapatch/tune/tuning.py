@@ -296,5 +296,6 @@ def result_words(trial: Trial, goal: Goal) -> str:
     parts = [outcomes.get(trial.outcome, trial.outcome)]
     parts += [f"{gib(trial.measured_B)} of {gib(goal.budget_B)}"] if trial.cut_short and trial.fits else []
     parts += [f"{trial.samples_per_s:.3g} samples/s"] if trial.samples_per_s else []
+    parts += [f"{trial.held_out:.4g} on held-out data"] if trial.held_out is not None else []
     parts += [trial.learning.sentence] if trial.purpose == "learn" and trial.losses else []
     return ", ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lorapatch.cli import main
 from lorapatch.errors import Refused, UsageError
 from lorapatch.launch import read_script
 from lorapatch.lora.flags import PatchOptions
+from lorapatch.resources import resource_dir
 from lorapatch.run.runs import RunOptions
 from lorapatch.run.view import PlainView
 from lorapatch.tune import Goal, Prediction, Trial, TuneOptions, Tuning, preview, tune
@@ -128,6 +130,26 @@ def test_a_run_that_the_limit_ends_is_told_to_be_gone_on_with(script: Path) -> N
     assert record["diagnosis"]["remedy"] == f"lorapatch tune {script} --budget {4000 * MIB} --resume"
 
 
+def test_where_the_script_evaluates_the_held_out_loss_counts(script: Path) -> None:
+    trainer = script.parent / "train.py"
+    source = trainer.read_text().replace(
+        '    parser.add_argument("--step_s"',
+        '    parser.add_argument("--eval_strategy", default="no")\n    parser.add_argument("--eval_steps", type=int)\n'
+        '    parser.add_argument("--step_s"',
+    )
+    shown = "        if args.eval_strategy == 'steps' and step % args.eval_steps == 0:\n"
+    shown += "            print({'eval_loss': str(loss + 1), 'epoch': '0.1'}, flush=True)\n"
+    trainer.write_text(source.replace("        if args.save_strategy != ", f"{shown}        if args.save_strategy != ", 1))
+    text = script.read_text()
+    script.write_text(text.replace("    --learning_rate 2e-4", "    --eval_strategy epoch \\\n    --learning_rate 2e-4"))
+    done = run(script, 4000, max_runs=2, prefer="memory")
+    probe, lesson = done.trials
+    assert probe.held_out is None and lesson.purpose == "learn"
+    assert lesson.held_out == pytest.approx(lesson.losses[-1] + 1) and lesson.final == lesson.held_out
+    assert done.rows[1][5].endswith(f", held out {lesson.held_out:.4g}")
+    assert "--eval_strategy epoch" in done.script.read_text()  # type: ignore[union-attr]
+
+
 def test_a_session_that_its_limit_cut_short_goes_on_with_a_wider_one(script: Path) -> None:
     cut = []
 
@@ -233,6 +255,8 @@ def test_the_command_tells_what_it_does_and_what_came_of_it(script: Path) -> Non
         (["--budget", "1GiB", "--steps", "20,5"], 2, "--steps 20,5: whole numbers from 2 on"),
         (["--budget", "1GiB", "--steps", "some"], 2, "'some' is not a list of steps"),
         (["--budget", "1GiB", "--ladder", "nothing"], 2, "there is no ladder nothing"),
+        (["--budget", "1GiB", "--ladder", "."], 2, "there is no ladder . (Is a directory)"),
+        (["--budget", "1GiB", "--ladder", "kit/data.json"], 2, "kit/data.json: a ladder has `order` and a list of `rungs`"),
         (["--budget", "1GiB", "--model", "nowhere"], 3, "--model nowhere: there is no such folder"),
         (["--budget", "1GiB", "--resume"], 3, "holds no tuning of train.sh to go on with"),
         ([], 2, "Missing option '--budget'"),
@@ -242,6 +266,16 @@ def test_what_is_wrong_is_told_in_a_sentence(script: Path, arguments: list[str],
     done = command(str(script), *arguments)
     assert done.exit_code == code and sentence in done.output and "Traceback" not in done.output, done.output
     assert not Path("lorapatch_runs").exists()
+
+
+def test_the_make_target_is_the_command(script: Path) -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("no make here")
+    words = [make, "-n", "tune", f"SCRIPT={script}", "BUDGET=8GiB", "TUNE_OPTIONS=--dry-run"]
+    shown = subprocess.run(words, cwd=resource_dir("templates").parent, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[-1] == f".venv/bin/lorapatch tune {script} --budget 8GiB --dry-run"
 
 
 def test_a_number_that_only_a_run_can_tell_is_refused_with_its_line(script: Path) -> None:
