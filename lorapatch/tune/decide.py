@@ -58,9 +58,10 @@ class _Level:
 
 def decide(space: Space, goal: Goal, trials: Sequence[Trial], predict: Predict) -> Decision:
     """The next step. The same arguments give the same decision."""
-    ended = _limits(goal, trials) or _hopeless(space, trials)
-    if ended is not None:
-        return ended
+    if (limit := _limits(goal, trials)) is not None:
+        return replace(limit, reason=limit.reason + _failures(trials, goal))
+    if (hopeless := _hopeless(space, trials)) is not None:
+        return hopeless
     trials = [trial for trial in trials if trial.counts]
     fitting = Fitting(space, goal, trials, predict)
     if predict(space.start, False) is None:

@@ -155,6 +155,8 @@ def test_what_a_diagnosis_names_is_taken_away_whole() -> None:
     assert all(trial.configuration.bits == 16 for trial in trials[1:]) and end.end == "nothing fits"
     assert "nothing fits in 7.50 GiB: the smallest," in end.reason
     assert "run 1 failed: bitsandbytes is not there; try `pip install bitsandbytes`, and 6.85 GiB are" in end.reason
+    ended = decide(space(), budget(7.5, max_runs=1), trials[:1], World().predict)
+    assert ended.reason.startswith("the limit of 1 run is reached; run 1 failed: bitsandbytes is not there; try `pip")
     eight = next(item for item in end.skipped if item.configuration.bits == 8)
     assert eight.reason == "run 1 failed: bitsandbytes is not there"
 
