@@ -108,13 +108,20 @@ def test_a_learning_rate_that_diverges_is_brought_down_to_one_that_works(script:
 
 
 def test_an_interrupted_tuning_goes_on_where_it_was(script: Path) -> None:
-    whole = run(script, 110)
-    again = run(script, 110, max_runs=2)
-    assert again.end == "limit" and len(again.trials) == 2
+    begun = run(script, 110, max_runs=2)
+    assert begun.end == "limit" and len(begun.trials) == 2
     rest = run(script, 110, resume=True)
-    assert rest.folder == again.folder and rest.trials[:2] == again.trials and rest.end == "done"
-    # Decided as in one go.
-    assert [t.configuration for t in rest.trials[:3]] == [t.configuration for t in whole.trials[:3]]
+    assert rest.folder == begun.folder and rest.trials[:2] == begun.trials and rest.end == "done"
+
+    def recorded(number, decision, predicted, timeout):  # type: ignore[no-untyped-def]
+        trial = rest.trials[number - 1]
+        assert (decision.configuration, decision.reason, decision.steps) == (trial.configuration, trial.reason, trial.steps)
+        return trial
+
+    # Decided as in one go, from the same runs.
+    goal, patch = Goal(110 * MIB, steps=(5, 20)), PatchOptions(learning_rate=2e-4)
+    whole = tune(script, goal, patch, TuneOptions(runs=Path("runs")), estimate=predict, run_trial=recorded)
+    assert whole.trials == rest.trials and whole.reason == rest.reason
     assert rest.script == whole.script  # what tuning wrote, tuning replaces
 
 
