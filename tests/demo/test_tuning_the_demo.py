@@ -24,7 +24,7 @@ pytestmark = pytest.mark.train
 
 SCRIPT = "train_mgm_2b_stage_1_10k_baseline.sh"
 ONE_WORKER = {
-    "per_device_train_batch_size": "8",
+    "per_device_train_batch_size": "16",
     "gradient_accumulation_steps": "1",
     "dataloader_num_workers": "1",
 }
