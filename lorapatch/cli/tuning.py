@@ -127,6 +127,9 @@ def _report(done: Tuning) -> None:
     _print_table(COLUMNS, done.rows)
     click.echo(f"\n{done.end}: {done.reason}")
     click.echo(f"record: {done.folder / FILE}")
+    if done.end in ("limit", "interrupted"):
+        more = {"limit": " and a wider limit", "interrupted": ""}[done.end]
+        click.echo(f"to go on: the same command with --resume{more}")
     if done.winner is not None:
         click.echo(f"run {done.winner.number} is the one: {done.winner.configuration.words()}\n")
         click.echo(done.diff)

@@ -52,6 +52,7 @@ class Evidence:
     reached_end: bool = True
     passed: bool = False
     reason: str = ""
+    budget_B: int | None = None
 
 
 # What to install for a module whose package has another name.
@@ -100,7 +101,7 @@ def diagnose(run: Evidence) -> Diagnosis | None:
     The text of an error counts before the exit code, and both before what the numbers say.
     """
     failed = run.exit_code != 0 or not run.reached_end or run.state != "finished"
-    again = f"lorapatch {run.kind} {_q(run.script)}" + (" --resume" if run.kind == "full" else "")
+    again = _again(run)
     if run.state == "interrupted":
         return Diagnosis("interrupted", f"The run was ended from outside ({run.reason or 'a signal'}).", again)
     if run.state == "timeout":
@@ -112,6 +113,14 @@ def diagnose(run: Evidence) -> Diagnosis | None:
     if found is None and failed:
         found = _host_memory(run) or _signal(run) or _from_table(run, [row for row in SYMPTOMS if row.last])
     return found or _from_numbers(run) or _from_adapter(run) or (_unknown(run) if failed else None)
+
+
+def _again(run: Evidence) -> str:
+    """The command that goes on, or begins again. Probes and tuning runs are parts of a tuning, which needs its budget."""
+    if run.kind in ("probe", "tune"):
+        budget = f" --budget {run.budget_B}" if run.budget_B else ""
+        return f"lorapatch tune {_q(run.script)}{budget} --resume"
+    return f"lorapatch {run.kind} {_q(run.script)}" + (" --resume" if run.kind == "full" else "")
 
 
 def _from_table(run: Evidence, rows: Iterable[Symptom]) -> Diagnosis | None:

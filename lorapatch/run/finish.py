@@ -109,7 +109,7 @@ def finish(
     )
     processes = processes_of(launch, session.seen, session.state.spawned)
     interpreter = processes.python or python
-    diagnosis = _diagnosis(kind, folder, subject, session, verdict, adapter, findings, flags, interpreter)
+    diagnosis = _diagnosis(kind, folder, subject, session, verdict, adapter, findings, flags, interpreter, budget_B)
     document = {
         "schema": records.SCHEMA,
         "lorapatch": lorapatch.__version__,
@@ -183,6 +183,7 @@ def _diagnosis(
     findings: Sequence[Finding],
     flags: Mapping[str, str],
     python: str | None,
+    budget_B: int | None,
 ) -> Diagnosis | None:
     reached_end = verdict.lines[0].state != "fail"
     lora = session.state.facts.get("lora", {}).get("lora")
@@ -202,6 +203,7 @@ def _diagnosis(
             reached_end=reached_end,
             passed=verdict.passed,
             reason=session.outcome.reason,
+            budget_B=budget_B,
         )
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lorapatch.tune.configuration import Configuration
-from lorapatch.tune.fitting import Fitting, gib, speed_score
+from lorapatch.tune.fitting import Fitting, at_fault, gib, speed_score
 from lorapatch.tune.ladder import Rung, Space
 from lorapatch.tune.learn import next_lesson
 from lorapatch.tune.trial import Goal, Predict, Trial
@@ -58,12 +58,14 @@ class _Level:
 
 def decide(space: Space, goal: Goal, trials: Sequence[Trial], predict: Predict) -> Decision:
     """The next step. The same arguments give the same decision."""
+    if (limit := _limits(goal, trials)) is not None:
+        return replace(limit, reason=limit.reason + _failures(trials, goal))
+    if (hopeless := _hopeless(space, trials)) is not None:
+        return hopeless
+    trials = [trial for trial in trials if trial.counts]
     fitting = Fitting(space, goal, trials, predict)
-    ended = _limits(goal, trials) or _hopeless(space, trials)
-    if ended is not None:
-        return ended
     if predict(space.start, False) is None:
-        found = _probe_blindly(space, goal, trials)
+        found = _probe_blindly(space, goal, trials, fitting)
     else:
         found = _probe(space, goal, trials, fitting)
     if found is not None:
@@ -73,7 +75,7 @@ def decide(space: Space, goal: Goal, trials: Sequence[Trial], predict: Predict) 
         return _nothing_fits(space, fitting)
     lesson = next_lesson(space, goal, trials, best, fitting)
     if lesson.configuration is None:
-        return Decision(lesson.reason, end="done")
+        return Decision(lesson.reason + _failures(trials, goal), end="done")
     expected = fitting.expected(lesson.configuration)
     return Decision(lesson.reason, lesson.configuration, "learn", lesson.steps, expected)
 
@@ -84,12 +86,12 @@ def winner(goal: Goal, trials: Sequence[Trial]) -> Trial | None:
     taught = [t for t in trials if t.purpose == "learn" and t.fits and t.configuration.footprint not in too_large]
     good = [trial for trial in taught if trial.learning.learns]
     if goal.prefer == "quality" and good:
-        return min(good, key=lambda trial: (trial.learning.final or math.inf, -trial.number))
+        return min(good, key=lambda trial: (trial.final or math.inf, -trial.number))
     if good:
         return good[-1]
     usable = [t for t in taught if t.learning.state in ("weak", "flat", "unknown")]
     if usable:
-        return min(usable, key=lambda trial: (trial.learning.final or math.inf, -trial.number))
+        return min(usable, key=lambda trial: (trial.final or math.inf, -trial.number))
     return best_probe(trials, goal) if not taught else None
 
 
@@ -111,13 +113,19 @@ def _limits(goal: Goal, trials: Sequence[Trial]) -> Decision | None:
         return Decision(f"the limit of {goal.max_runs} run{'s' * (goal.max_runs != 1)} is reached", end="limit")
     if goal.time_limit_s is not None and spent >= goal.time_limit_s:
         return Decision(f"the time limit of {goal.time_limit_s:.0f} s is reached, {spent:.0f} s were run", end="limit")
+    started = next((trial for trial in reversed(trials) if trial.first_step_s is not None), None)
+    if goal.time_limit_s is not None and started is not None and goal.time_limit_s - spent < (started.first_step_s or 0):
+        left = f"{goal.time_limit_s - spent:.0f} s of the time limit of {goal.time_limit_s:.0f} s are left"
+        took = f"run {started.number} took {started.first_step_s:.0f} s to its first step"
+        return Decision(f"{left}, and {took}", end="limit")
     return None
 
 
 def _hopeless(space: Space, trials: Sequence[Trial]) -> Decision | None:
     """A failure that has nothing to do with what was changed will come again."""
     for trial in trials:
-        if trial.outcome == "failed" and not changed_fields(space.start, trial.configuration):
+        spared = at_fault(trial) == "offload" and space.without_offload is not None
+        if trial.outcome == "failed" and not changed_fields(space.start, trial.configuration) and not spared:
             return Decision(f"run {trial.number} failed, and not for memory: {trial.cause}", end="failed")
     return None
 
@@ -130,14 +138,29 @@ def changed_fields(start: Configuration, other: Configuration) -> frozenset[str]
 
 
 def _nothing_fits(space: Space, fitting: Fitting) -> Decision:
+    """The end, with the smallest there is, and what would fit if it had not failed."""
     levels = list(_levels(space, fitting))
-    sizes = [(size, level.smallest) for level in levels if (size := fitting.expected(level.smallest)) is not None]
-    if not sizes:
-        return Decision("nothing that was tried fits, and the ladder is at its end", end="nothing fits")
-    size, smallest = min(sizes, key=lambda pair: pair[0])
-    words = smallest.unlike(space.start)
-    sentence = f"nothing fits in {gib(fitting.goal.budget_B)}: the smallest, {words}, takes about {gib(size)}"
+    open_ = [level.smallest for level in levels if fitting.barred_by(level.smallest) is None]
+    sizes = [(size, smallest) for smallest in open_ if (size := fitting.expected(smallest)) is not None]
+    sentence = "nothing that was tried fits, and the ladder is at its end"
+    if sizes:
+        size, smallest = min(sizes, key=lambda pair: pair[0])
+        words = smallest.unlike(space.start)
+        sentence = f"nothing fits in {gib(fitting.goal.budget_B)}: the smallest, {words}, takes about {gib(size)}"
+    sentence += _failures(fitting.trials, fitting.goal)
     return Decision(sentence, skipped=_passed_over(levels, fitting, None), end="nothing fits")
+
+
+def _failures(trials: Sequence[Trial], goal: Goal) -> str:
+    """What was lost on the way, not for memory, and what would bring it back; empty where nothing was."""
+    said = ""
+    for trial in trials:
+        if trial.outcome == "failed":
+            said += f"; run {trial.number} failed: {trial.cause.rstrip('.')}"
+            said += f"; try `{trial.remedy}`" if trial.remedy else ""
+            if trial.expected_B is not None and trial.expected_B <= goal.budget_B:
+                said += f", and {gib(trial.expected_B)} are expected of {trial.configuration.words()}"
+    return said
 
 
 # -- going down, and up again ----------------------------------------------------------------------------------------
@@ -222,11 +245,12 @@ def _last_resort(levels: Sequence[_Level], fitting: Fitting) -> Decision | None:
     if fitting.space.host and len(fitting.trials) == 1 and not fitting.was_run(first):
         reason = "a second measurement, of the smallest that costs no quality: how host memory grows is not known yet"
         return Decision(reason, first, "probe", PROBE_STEPS, fitting.expected(first))
-    sizes = [(fitting.expected(level.smallest) or 0, number, level.smallest) for number, level in enumerate(levels)]
-    open_ones = [item for item in sizes if not fitting.was_run(item[2]) and not fitting.barred(item[2])]
-    if not open_ones:
+    left = [level.smallest for level in levels if not fitting.was_run(level.smallest)]
+    left = [smallest for smallest in left if fitting.barred_by(smallest) is None and fitting.expected(smallest) is not None]
+    if not left:
         return None
-    size, _, smallest = min(open_ones, key=lambda item: item[:2])
+    smallest = min(left, key=lambda configuration: fitting.expected(configuration) or 0)
+    size = fitting.expected(smallest)
     if not fitting.may_fit(smallest):
         return None
     reason = f"nothing is expected to fit, this comes nearest: {gib(size)}"
@@ -239,7 +263,7 @@ def _levels(space: Space, fitting: Fitting) -> Iterator[_Level]:
     have sufficed in the last one's place and may be faster."""
     by_bytes = space.order == "bytes"
     left = [rung for rung in space.rungs if not by_bytes or rung.name not in _VARIED]
-    level = _level(space, space.start, ())
+    level = _level(space, space.start, (), fitting)
     while True:
         yield level
         below = [] if fitting.fits(level.smallest) else list(_below(space, level, left, fitting))
@@ -263,7 +287,9 @@ def _below(
     for rung in rungs:
         base = rung.on(level.base)
         if base is not None:
-            lower = _level(space, base, (*level.rungs, rung))
+            lower = _level(space, base, (*level.rungs, rung), fitting)
+            if fitting.barred_by(lower.smallest) is not None:
+                continue  # what it needs has failed, in every variant
             if space.order == "written" or _saved(level, lower, fitting) > 0:
                 yield rung, lower
 
@@ -284,8 +310,9 @@ def _saved(level: _Level, lower: _Level, fitting: Fitting) -> int:
     return (fitting.expected(level.smallest) or 0) - (fitting.expected(lower.smallest) or 0)
 
 
-def _level(space: Space, base: Configuration, rungs: tuple[Rung, ...]) -> _Level:
+def _level(space: Space, base: Configuration, rungs: tuple[Rung, ...], fitting: Fitting) -> _Level:
     kinds = list(variants_of(space, base))
+    kinds = [kind for kind in kinds if fitting.barred_by(kind) is None] or kinds
     return _Level(base, rungs, min(kinds, key=lambda c: (c.micro_batch, not c.checkpointing, not c.offload)))
 
 
@@ -328,10 +355,16 @@ def _passed_over(levels: Sequence[_Level], fitting: Fitting, chosen: _Level | No
             size = fitting.expected(level.smallest)
             sentence = f"even this is expected to take {gib(size)}, the budget is {gib(fitting.goal.budget_B)}"
             found.append(Skipped(level.smallest, size, sentence))
+    said = {item.configuration for item in found}
+    for rung in fitting.space.rungs:
+        base = rung.on(fitting.space.start)
+        failed = fitting.barred_by(base) if base is not None and not fitting.was_run(base) else None
+        if base is not None and failed is not None and base not in said and fitting.barred_by(fitting.space.start) is None:
+            found.append(Skipped(base, fitting.expected(base), f"run {failed.number} failed: {failed.cause}"))
     return tuple(found)
 
 
-def _probe_blindly(space: Space, goal: Goal, trials: Sequence[Trial]) -> Decision | None:
+def _probe_blindly(space: Space, goal: Goal, trials: Sequence[Trial], fitting: Fitting) -> Decision | None:
     """Without predictions: the script's own, then down the ladder as written until one fits; up by what was measured."""
     why = "nobody can predict this script's memory"
     best = best_probe(trials, goal)
@@ -346,7 +379,9 @@ def _probe_blindly(space: Space, goal: Goal, trials: Sequence[Trial]) -> Decisio
         return None if larger in run else Decision(reason, larger, "probe", PROBE_STEPS)
     configuration, left = space.start, list(space.rungs)
     while configuration in run and left:
-        configuration = left.pop(0).on(configuration) or configuration
+        lower = left.pop(0).on(configuration)
+        if lower is not None and fitting.barred_by(lower) is None:
+            configuration = lower
     if configuration in run:
         return None
     return Decision(f"{why}: the next rung down" if trials else why, configuration, "probe", PROBE_STEPS)

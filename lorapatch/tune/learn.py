@@ -81,8 +81,8 @@ def _lower(space: Space, lessons: Sequence[Trial], last: Trial, sentence: str) -
 
 def _raise(space: Space, lessons: Sequence[Trial], last: Trial, fitting: Fitting) -> Lesson:
     """The expressive side: five and ten times the learning rate, twice the rank, all seven modules."""
-    judged = [trial for trial in lessons if trial.fits and trial.steps == last.steps and trial.learning.final is not None]
-    best = min(judged, key=lambda trial: (trial.learning.final or 0.0, trial.number), default=last)
+    judged = [trial for trial in lessons if trial.fits and trial.steps == last.steps and trial.final is not None]
+    best = min(judged, key=lambda trial: (trial.final or 0.0, trial.number), default=last)
     base = best.configuration
     first = next((t.configuration.learning_rate for t in lessons if t.learning.state not in _TOO_HIGH), base.learning_rate)
     too_high = min(
@@ -122,9 +122,9 @@ def _expressive(base: Configuration, first_rate: float, space: Space) -> list[tu
 def _better(new: Trial, old: Trial) -> bool:
     """Whether the loss ends lower, by more than the noise."""
     mine, theirs = new.learning, old.learning
-    if mine.final is None or theirs.final is None:
-        return mine.final is not None
-    return mine.final < theirs.final - max(mine.noise or 0.0, theirs.noise or 0.0)
+    if new.final is None or old.final is None:
+        return new.final is not None
+    return new.final < old.final - max(mine.noise or 0.0, theirs.noise or 0.0)
 
 
 def _rounded(rate: float) -> float:

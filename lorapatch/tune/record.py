@@ -144,7 +144,10 @@ def table(tuned: TunedScript, trials: Sequence[Trial], skipped: Sequence[Skipped
     for trial in trials:
         learning = trial.learning
         loss = f"{trial.losses[0]:.4g} to {trial.losses[-1]:.4g}" if trial.losses else "n/a"
+        loss += f", held out {trial.held_out:.4g}" if trial.held_out is not None else ""
         verdict = trial.outcome if not trial.fits or trial.purpose == "probe" else learning.state
+        if trial.cut_short:
+            verdict = f"{verdict}, cut short" if trial.fits else "cut short"
         rows.append(
             [
                 f"{trial.number}{'*' if best is not None and best.number == trial.number else ''}",

@@ -61,8 +61,12 @@ class Goal:
 class Trial:
     """One run that has ended. ``purpose`` is "probe" (memory, speed) or "learn"; ``accumulation`` what it ran with.
 
-    ``outcome``: "fits", "over" (it ran, and took more than the budget), "oom", "failed", "timeout" or "interrupted";
-    ``cause`` is the diagnosis of one that failed. ``expected_B`` is the prediction as corrected by the runs before.
+    ``outcome``: "fits", "over" (it ran, and took more than the budget), "oom", "failed", "timeout" (cut short by the
+    limit of the session) or "interrupted"; of one that failed ``diagnosis`` is the diagnosis's id, ``cause`` and
+    ``remedy`` are its words. ``expected_B`` is the prediction as corrected by the runs before. ``measured_B`` is None
+    where the run was too short, or failed: that says nothing of what it takes. ``rates`` are the learning rates logged
+    with ``losses``; ``first_step_s`` the seconds to the first of them; ``held_out`` the loss on held-out data at the end,
+    where the script has any.
     """
 
     number: int
@@ -80,11 +84,21 @@ class Trial:
     seconds: float = 0.0
     folder: str = ""
     cause: str = ""
+    diagnosis: str = ""
+    remedy: str = ""
+    rates: tuple[float | None, ...] = ()
+    first_step_s: float | None = None
+    held_out: float | None = None
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the session's time ended it."""
+        return self.outcome == "timeout"
 
     @property
     def fits(self) -> bool:
-        """Whether it ran within the budget."""
-        return self.outcome == "fits"
+        """Whether it ran within the budget; cut short, whether it did so for long enough to know its memory."""
+        return self.outcome == "fits" or (self.cut_short and self.measured_B is not None)
 
     @property
     def too_large(self) -> bool:
@@ -92,9 +106,26 @@ class Trial:
         return self.outcome in ("over", "oom")
 
     @property
+    def peak_B(self) -> int | None:
+        """What it was seen to take, if it lived to take it."""
+        return self.measured_B if self.fits or self.too_large else None
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is something to go by: a run that was cut short before it showed anything is done again."""
+        if not self.cut_short:
+            return True
+        return self.fits and (self.purpose == "probe" or self.learning.state not in ("unknown", "flat", "weak"))
+
+    @property
     def learning(self) -> Learning:
         """What its losses say."""
-        return judge(self.losses)
+        return judge(self.losses, self.rates)
+
+    @property
+    def final(self) -> float | None:
+        """The loss that it is compared by: on held-out data, else where the line through its losses ends."""
+        return self.held_out if self.held_out is not None else self.learning.final
 
     def as_dict(self) -> dict[str, Any]:
         """For tune.json."""
@@ -116,4 +147,5 @@ class Trial:
             configuration=Configuration(**data["configuration"]),
             predicted=Prediction(**data["predicted"]) if data["predicted"] else None,
             losses=tuple(float(loss) for loss in data["losses"]),
+            rates=tuple(data["rates"]),
         )

@@ -108,7 +108,8 @@ class _Session:
         """Decide, run, record, until there is an end. Raises Refused for a run that cannot be started."""
         while True:
             decision = decide(self.space, self.goal, self.trials, self.predictor)
-            self.skipped += [item for item in decision.skipped if item not in self.skipped]
+            said = {item.configuration for item in decision.skipped}
+            self.skipped = [item for item in self.skipped if item.configuration not in said] + list(decision.skipped)
             if decision.configuration is None:
                 return decision
             number = len(self.trials) + 1
@@ -290,9 +291,11 @@ def result_words(trial: Trial, goal: Goal) -> str:
         "over": f"too large: {gib(trial.measured_B)} of {gib(goal.budget_B)}",
         "oom": f"out of memory: {trial.cause}",
         "failed": f"failed: {trial.cause}",
-        "timeout": "ended at the time limit",
+        "timeout": trial.cause,
     }
     parts = [outcomes.get(trial.outcome, trial.outcome)]
+    parts += [f"{gib(trial.measured_B)} of {gib(goal.budget_B)}"] if trial.cut_short and trial.fits else []
     parts += [f"{trial.samples_per_s:.3g} samples/s"] if trial.samples_per_s else []
+    parts += [f"{trial.held_out:.4g} on held-out data"] if trial.held_out is not None else []
     parts += [trial.learning.sentence] if trial.purpose == "learn" and trial.losses else []
     return ", ".join(parts)

@@ -510,6 +510,9 @@ def test_an_end_from_outside_is_no_fault_of_the_training() -> None:
         assert found.remedy == "lorapatch full t.sh --resume"
         smoke = diagnose(Evidence("", 137, state, kind="smoke", script="t.sh"))
         assert smoke is not None and smoke.remedy == "lorapatch smoke t.sh"
+        for kind in ("probe", "tune"):  # both are parts of a tuning
+            part = diagnose(Evidence("", 137, state, kind=kind, script="t.sh", budget_B=24 << 30))
+            assert part is not None and part.remedy == f"lorapatch tune t.sh --budget {24 << 30} --resume"
 
 
 def test_the_first_error_of_several_ranks_is_shown_when_no_row_fits() -> None:

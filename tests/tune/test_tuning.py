@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,9 +14,15 @@ from lorapatch.cli import main
 from lorapatch.errors import Refused, UsageError
 from lorapatch.launch import read_script
 from lorapatch.lora.flags import PatchOptions
+from lorapatch.resources import resource_dir
+from lorapatch.run.runs import RunOptions
+from lorapatch.run.view import PlainView
 from lorapatch.tune import Goal, Prediction, Trial, TuneOptions, Tuning, preview, tune
 from lorapatch.tune.configuration import Configuration
+from lorapatch.tune.decide import Decision
 from lorapatch.tune.record import COLUMNS
+from lorapatch.tune.script import read_tuned
+from lorapatch.tune.trials import Runner
 
 MIB = 1 << 20
 
@@ -101,14 +108,83 @@ def test_a_learning_rate_that_diverges_is_brought_down_to_one_that_works(script:
 
 
 def test_an_interrupted_tuning_goes_on_where_it_was(script: Path) -> None:
-    whole = run(script, 110)
-    again = run(script, 110, max_runs=2)
-    assert again.end == "limit" and len(again.trials) == 2
+    begun = run(script, 110, max_runs=2)
+    assert begun.end == "limit" and len(begun.trials) == 2
     rest = run(script, 110, resume=True)
-    assert rest.folder == again.folder and rest.trials[:2] == again.trials and rest.end == "done"
-    # Decided as in one go.
-    assert [t.configuration for t in rest.trials[:3]] == [t.configuration for t in whole.trials[:3]]
+    assert rest.folder == begun.folder and rest.trials[:2] == begun.trials and rest.end == "done"
+
+    def recorded(number, decision, predicted, timeout):  # type: ignore[no-untyped-def]
+        trial = rest.trials[number - 1]
+        assert (decision.configuration, decision.reason, decision.steps) == (trial.configuration, trial.reason, trial.steps)
+        return trial
+
+    # Decided as in one go, from the same runs.
+    goal, patch = Goal(110 * MIB, steps=(5, 20)), PatchOptions(learning_rate=2e-4)
+    whole = tune(script, goal, patch, TuneOptions(runs=Path("runs")), estimate=predict, run_trial=recorded)
+    assert whole.trials == rest.trials and whole.reason == rest.reason
     assert rest.script == whole.script  # what tuning wrote, tuning replaces
+
+
+def test_a_run_that_the_limit_ends_is_told_to_be_gone_on_with(script: Path) -> None:
+    tuned = read_tuned(script, PatchOptions(learning_rate=2e-4), None)
+    goal, options = Goal(4000 * MIB), RunOptions(runs=Path("runs"), interval_s=0.2, budget_B=4000 * MIB)
+    runner = Runner(tuned, goal, options, PlainView(lambda line: None), gpu=False)
+    trial = runner(1, Decision("how far it comes", tuned.start, "learn", 2000), None, 5.0)
+    assert trial.outcome == "timeout" and "`lorapatch tune … --resume` goes on" in trial.cause
+    assert len(trial.rates) == len(trial.losses) < 2000 and (trial.first_step_s is not None) == bool(trial.losses)
+    assert trial.fits == (len(trial.losses) >= 2) and Trial.from_dict(json.loads(json.dumps(trial.as_dict()))) == trial
+    record = json.loads((Path("runs") / trial.folder / "record.json").read_text())
+    assert record["diagnosis"]["remedy"] == f"lorapatch tune {script} --budget {4000 * MIB} --resume"
+
+
+def test_where_the_script_evaluates_the_held_out_loss_counts(script: Path) -> None:
+    trainer = script.parent / "train.py"
+    source = trainer.read_text().replace(
+        '    parser.add_argument("--step_s"',
+        '    parser.add_argument("--eval_strategy", default="no")\n    parser.add_argument("--eval_steps", type=int)\n'
+        '    parser.add_argument("--step_s"',
+    )
+    shown = "        if args.eval_strategy == 'steps' and step % args.eval_steps == 0:\n"
+    shown += "            print({'eval_loss': str(loss + 1), 'epoch': '0.1'}, flush=True)\n"
+    trainer.write_text(source.replace("        if args.save_strategy != ", f"{shown}        if args.save_strategy != ", 1))
+    text = script.read_text()
+    script.write_text(text.replace("    --learning_rate 2e-4", "    --eval_strategy epoch \\\n    --learning_rate 2e-4"))
+    done = run(script, 4000, max_runs=2, prefer="memory")
+    probe, lesson = done.trials
+    assert probe.held_out is None and lesson.purpose == "learn"
+    assert lesson.held_out == pytest.approx(lesson.losses[-1] + 1) and lesson.final == lesson.held_out
+    assert done.rows[1][5].endswith(f", held out {lesson.held_out:.4g}")
+    assert "--eval_strategy epoch" in done.script.read_text()  # type: ignore[union-attr]
+
+
+def test_a_session_that_its_limit_cut_short_goes_on_with_a_wider_one(script: Path) -> None:
+    cut = []
+
+    def limited(number, decision, predicted, timeout):  # type: ignore[no-untyped-def]
+        """A probe of 20 s; of the learning run the limit leaves one step."""
+        losses = (2.5, 2.4, 2.3, 2.2, 2.1)[: 3 if decision.purpose == "probe" else 5]
+        short = timeout is not None and timeout < 60 and decision.purpose == "learn"
+        cut.append(short)
+        return Trial(
+            number, decision.purpose, decision.configuration, decision.steps, 2, decision.reason,
+            "timeout" if short else "fits", measured_B=None if short else 60 * MIB, samples_per_s=3.0,
+            losses=losses[:1] if short else losses, seconds=20.0, first_step_s=10.0, cause="the time limit" if short else "",
+            rates=(2e-4,) * (1 if short else len(losses)),
+        )  # fmt: skip
+
+    def go(limit_s: float, resume: bool) -> Tuning:
+        options = TuneOptions(runs=Path("runs"), resume=resume)
+        goal = Goal(4000 * MIB, prefer="memory", steps=(5,), time_limit_s=limit_s)
+        patch = PatchOptions(learning_rate=2e-4)
+        return tune(script, goal, patch, options, estimate=predict, run_trial=limited)
+
+    first = go(50, False)
+    assert first.end == "limit" and [trial.outcome for trial in first.trials][-1] == "timeout"
+    assert "cut short" in first.rows[-1][6] and first.winner is not None and first.winner.purpose == "probe"
+    rest = go(900, True)
+    assert rest.folder == first.folder and rest.end == "done" and rest.passed, rest.reason
+    again = rest.trials[len(first.trials)]
+    assert (again.configuration, again.steps) == (first.trials[-1].configuration, 5) and again.learning.learns
 
 
 def test_an_interruption_is_no_run_and_writes_no_script(script: Path) -> None:
@@ -169,6 +245,7 @@ def test_the_command_tells_what_it_does_and_what_came_of_it(script: Path) -> Non
         str(script), "--budget", "4GiB", "--max-runs", "2", "--steps", "5,20", "--time-limit", "10min", "--interval", "0.2"
     )
     assert done.exit_code == 0, done.output
+    assert "to go on: the same command with --resume and a wider limit" in done.output
     assert "run 1, probe of 3 steps" in done.output and "limit: the limit of 2 runs is reached" in done.output
     assert "because " in done.output and "+++ train_tuned.sh" in done.output and "written: " in done.output
 
@@ -185,6 +262,8 @@ def test_the_command_tells_what_it_does_and_what_came_of_it(script: Path) -> Non
         (["--budget", "1GiB", "--steps", "20,5"], 2, "--steps 20,5: whole numbers from 2 on"),
         (["--budget", "1GiB", "--steps", "some"], 2, "'some' is not a list of steps"),
         (["--budget", "1GiB", "--ladder", "nothing"], 2, "there is no ladder nothing"),
+        (["--budget", "1GiB", "--ladder", "."], 2, "there is no ladder . (Is a directory)"),
+        (["--budget", "1GiB", "--ladder", "kit/data.json"], 2, "kit/data.json: a ladder has `order` and a list of `rungs`"),
         (["--budget", "1GiB", "--model", "nowhere"], 3, "--model nowhere: there is no such folder"),
         (["--budget", "1GiB", "--resume"], 3, "holds no tuning of train.sh to go on with"),
         ([], 2, "Missing option '--budget'"),
@@ -194,6 +273,16 @@ def test_what_is_wrong_is_told_in_a_sentence(script: Path, arguments: list[str],
     done = command(str(script), *arguments)
     assert done.exit_code == code and sentence in done.output and "Traceback" not in done.output, done.output
     assert not Path("lorapatch_runs").exists()
+
+
+def test_the_make_target_is_the_command(script: Path) -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("no make here")
+    words = [make, "-n", "tune", f"SCRIPT={script}", "BUDGET=8GiB", "TUNE_OPTIONS=--dry-run"]
+    shown = subprocess.run(words, cwd=resource_dir("templates").parent, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[-1] == f".venv/bin/lorapatch tune {script} --budget 8GiB --dry-run"
 
 
 def test_a_number_that_only_a_run_can_tell_is_refused_with_its_line(script: Path) -> None:

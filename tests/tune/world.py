@@ -39,6 +39,7 @@ class World:
     error: Callable[[int], int] = lambda size: size
     works: tuple[float, float] = (1e-4, 1e-3)
     broken: dict[str, object] = field(default_factory=dict)  # fields whose value makes a run fail
+    diagnosis: str = ""  # and what those that fail are diagnosed with
     asked: list[tuple[Configuration, bool]] = field(default_factory=list)
 
     def bytes(self, c: Configuration) -> int:
@@ -83,6 +84,9 @@ class World:
             losses=self.losses(c, decision.steps) if ran else (),
             seconds=30.0,
             cause="bitsandbytes is not there" if failed else "",
+            diagnosis=self.diagnosis if failed else "",
+            remedy="pip install bitsandbytes" if failed else "",
+            first_step_s=20.0 if ran else None,
         )  # fmt: skip
 
 
