@@ -164,7 +164,7 @@ def test_an_optimizer_of_the_trainer_s_own_gets_the_trainable_parameters_alone(f
     import torch
 
     others = torch.load(run.folder / "non_lora_trainables.bin", weights_only=True)
-    assert_accepted(run, (1,))
+    assert_accepted(run)
     assert len(others) == 5 and "base_model.model.model.norm.weight" in others
     assert run.lora["trainable"] == 4352 + 160
 
@@ -262,6 +262,50 @@ def test_a_checkpoint_of_another_kind_is_refused(forge: Forge) -> None:
     forge.style("plain").copy("rank4")
     other = forge.run("plain", "rank4", "--lora_r", "8", fresh=False, fails=True)
     assert other.codes == [3] and "is of LoRA of rank 4, this run has rank 8" in other.text
+
+
+SHORT = ["--max_steps", "1", "--save_strategy", "no"]
+
+
+def test_a_trainer_that_logs_tensors_can_write_its_state(forge: Forge) -> None:
+    run = forge.run("fails", "logs", "--max_steps", "2", zero=None)
+    for folder in (run.folder, run.folder / "checkpoint-2"):
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        assert [entry["half"] for entry in history if "half" in entry] == pytest.approx([x / 2 for x in run.losses], abs=1e-2)
+    alone = forge.run("fails", "logs", *SHORT, "--lora_enable", "False", zero=None, fails=True)
+    assert alone.codes == [1] and "Object of type Tensor is not JSON serializable" in alone.text
+
+
+def test_a_trainer_that_fails_behind_its_training_leaves_the_adapter_and_its_error(forge: Forge) -> None:
+    run = forge.run("fails", "saving", *SHORT, "--where", "saving", zero=3, ranks=2, fails=True)
+    assert run.codes == [1, 1] and "OSError: the disk of another machine is gone" in run.text
+    assert f"after training the trainer failed (OSError); the adapter is in {run.folder}\n" in run.text
+    assert_accepted(run, (1,))
+    exits = forge.run("fails", "exits", *SHORT, "--where", "exit", zero=None, fails=True)
+    assert exits.codes == [1] and "after training the trainer failed (SystemExit); the adapter is in" in exits.text
+    assert_accepted(exits, (1,))
+
+
+def test_so_does_one_with_lora_of_its_own(forge: Forge) -> None:
+    import torch
+
+    run = forge.run("fails", "own_fails", *SHORT, "--own", "True", "--where", "saving", fails=True)
+    assert run.codes == [1] and f"the adapter is in {run.folder}\n" in run.text
+    assert_accepted(run)
+    others = torch.load(run.folder / "non_lora_trainables.bin", weights_only=True)
+    assert list(others) == ["base_model.model.model.embed_tokens.weight"]
+    fine = forge.run("fails", "own_fine", *SHORT, "--own", "True")
+    assert "the adapter is in" not in fine.text and inspect_adapter(fine.folder).moved == 2
+
+
+def test_what_one_rank_alone_does_not_have_is_not_saved_and_it_says_so(forge: Forge) -> None:
+    best = "--max_steps 1 --save_steps 1 --load_best_model_at_end True --eval_strategy steps --eval_steps 1".split()
+    run = forge.run("fails", "last", *best, zero=3, fails=True)
+    assert "OSError: the best checkpoint is gone" in run.text and "under ZeRO-3 and FSDP that takes all ranks" in run.text
+    assert not (run.folder / "adapter_config.json").exists()
+    whole = forge.run("fails", "last", *best, zero=2, fails=True)
+    assert "OSError: the best checkpoint is gone" in whole.text and "; the adapter is in" in whole.text
+    assert_accepted(whole, (1,))
 
 
 @pytest.mark.parametrize("variant", ["rslora", "dora", "pissa"])
