@@ -87,6 +87,9 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option("--template", metavar="NAME|FILE", help="Another template than the usual one."),
             click.option("--lang", type=click.Choice(["en", "zh"]), default="en", help="Language of the record."),
+            click.option(
+                "--verify/--no-verify", default=True, help="Load the adapter with its base afterwards, see what it does."
+            ),
             click.option("--dry-run", is_flag=True, help="Print the command line of each node, run nothing."),
         ]
     ):
@@ -165,6 +168,7 @@ def _split(arguments: tuple[str, ...], values: dict[str, Any]) -> tuple[RunOptio
         trainer_root=values.pop("trainer_root"),
         template=values.pop("template"),
         language=values.pop("lang"),
+        verify=values.pop("verify"),
     )
     given = any(value not in (None, ()) for value in values.values())
     return options, patch_settings(**values) if given else None, dry_run

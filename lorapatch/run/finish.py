@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lorapatch.launch import Launch, Script
 from lorapatch.run import record as records
 from lorapatch.run.diagnose import Diagnosis, Evidence, diagnose
 from lorapatch.run.folder import RunFolder
+from lorapatch.run.loaded import load_adapter
 from lorapatch.run.output import Output
 from lorapatch.run.preflight import PathFlag
 from lorapatch.run.session import Session, fill_from_trainer_state, read_log
@@ -79,12 +80,19 @@ def finish(
     predicted: Mapping[str, Any] | None,
     language: str,
     notes: Sequence[str],
+    verify: bool,
+    say: Callable[[str], None],
     expected_step: int | None,
     resumed_from: int,
 ) -> Report:
     """Judge a run and write its record; what there is to say about it. Raises Refused if it cannot be written."""
     fill_from_trainer_state(folder, session, output, resumed_from)
     adapter, findings = _adapter(output, session.outcome.started)
+    sound = all(finding.state != "fail" for finding in findings)
+    loaded: Sequence[Finding] = ()
+    if adapter is not None and verify and sound and not session.outcome.exit_code:
+        say("loading the adapter with its base, to see what it does")
+        loaded = load_adapter(adapter.directory)
     checkpoints = [checkpoint.path.name for checkpoint in output.checkpoints] if output else []
     verdict = decide(
         session.outcome,
@@ -92,6 +100,7 @@ def finish(
         session.peaks,
         adapter=adapter,
         adapter_problems=[finding.sentence for finding in findings if finding.state == "fail"],
+        loaded=loaded,
         checkpoints=checkpoints,
         saves=flags.get("save_strategy") != "no",
         expected_step=expected_step,
@@ -128,7 +137,7 @@ def finish(
         "memory": records.memory_dict(session.peaks, budget_B, predicted),
         "metrics": records.metrics_summary(session.state),
         "checkpoints": checkpoints,
-        "adapter": records.adapter_dict(adapter, findings),
+        "adapter": records.adapter_dict(adapter, (*findings, *loaded)),
         "verdict": verdict.as_dict(),
         "diagnosis": records.diagnosis_dict(diagnosis),
         "notes": list(notes),

@@ -39,7 +39,8 @@ class RunOptions:
     """How to run. Sizes in bytes, times in seconds; ``runs`` is where the runs' folders and RECORD.md go.
 
     ``arguments`` are handed to the script, ``hostfile`` and ``num_gpus`` (of each node) to the launcher. ``predicted``
-    is what an estimate said, kept beside what is measured. Raises UsageError for a number out of its range.
+    is what an estimate said, kept beside what is measured. ``verify``: load the adapter that `smoke` and `full` leave
+    with its base, and see what it does. Raises UsageError for a number out of its range.
     """
 
     runs: Path = Path(RUNS)
@@ -54,6 +55,7 @@ class RunOptions:
     language: str = "en"
     predicted: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    verify: bool = True
 
     def __post_init__(self) -> None:
         for name in ("budget_B", "interval_s", "timeout_s", "num_gpus"):
@@ -72,6 +74,7 @@ class StageRun:
     """A short run of one stage: ``kind`` names it in its folder and record, ``flags`` are set for this run alone.
 
     ``target`` is where the rendered script goes; None: into the run's folder. ``environment`` is added to ours.
+    ``verify``: as in `RunOptions`, for this run.
     """
 
     kind: str
@@ -82,6 +85,7 @@ class StageRun:
     logging_steps: int = 1
     flags: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    verify: bool = False
 
 
 def smoke(
@@ -105,7 +109,9 @@ def smoke(
     options, view = options or RunOptions(), view or PlainView(lambda line: None)
     subject, launch = _patched(Path(fspath(script)), patch, options, view)
     target = target or _beside(subject.path, "test_lora_minimal.sh")
-    stage = StageRun("smoke", "test_lora_minimal", target, max_steps, save_steps, logging_steps)
+    stage = StageRun(
+        "smoke", "test_lora_minimal", target, max_steps, save_steps, logging_steps, verify=options.verify
+    )
     return run_stage(subject, launch, stage, options, view)
 
 
@@ -277,6 +283,8 @@ def _run(
         predicted=options.predicted,
         language=options.language,
         notes=(*checked.notes, *rendered.notes, *(restart.sentences if restart else ())),
+        verify=stage.verify if stage else options.verify,
+        say=view.say,
         expected_step=stage.max_steps if stage else None,
         resumed_from=restart.resume_from.step if restart and restart.resume_from else 0,
     )

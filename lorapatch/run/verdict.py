@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorapatch.adapter.findings import counted
+from lorapatch.adapter.findings import Finding, counted
 from lorapatch.adapter.inspect import Adapter
 from lorapatch.run.diagnose import is_exploding
 from lorapatch.run.execute import Outcome
@@ -51,6 +51,7 @@ def decide(
     *,
     adapter: Adapter | None,
     adapter_problems: Sequence[str] = (),
+    loaded: Sequence[Finding] = (),
     checkpoints: Sequence[str] = (),
     expects_lora: bool = True,
     saves: bool = True,
@@ -58,7 +59,8 @@ def decide(
     resumed_from: int = 0,
     budget_B: int | None = None,
 ) -> Verdict:
-    """The verdict on a run. ``adapter`` is what it left, ``adapter_problems`` what is wrong with it.
+    """The verdict on a run. ``adapter`` is what it left, ``adapter_problems`` what is wrong with its files, ``loaded`` what
+    was seen when it was loaded with its base (none: it was not).
 
     ``expected_step`` is the step it should have come to (None: its bar's total); ``resumed_from`` the step it went on
     from; ``budget_B`` the bytes it may use, of the GPU, or of host memory when it used none.
@@ -73,6 +75,7 @@ def decide(
         lines.append(_checkpoints(checkpoints, outcome))
         if expects_lora:
             lines.append(_loadable(adapter, adapter_problems))
+            lines += [_works(loaded)] if loaded else []
     return Verdict(tuple(lines))
 
 
@@ -178,6 +181,15 @@ def _loadable(adapter: Adapter | None, problems: Sequence[str]) -> Line:
     if adapter is None:
         return Line(what, "fail", "no adapter was saved")
     return Line(what, "pass", f"{adapter.file.name}, every tensor finite, ranks as configured (r {adapter.rank})")
+
+
+def _works(findings: Sequence[Finding]) -> Line:
+    what = "loaded with its base, the adapter works"
+    wrong = [finding.sentence for finding in findings if finding.state == "fail"]
+    if wrong:
+        return Line(what, "fail", "; ".join(wrong))
+    seen = [finding.sentence for finding in findings if finding.state == "pass"]
+    return Line(what, "pass" if seen else "not checked", "; ".join(seen) or findings[0].sentence)
 
 
 def _size(count: int) -> str:

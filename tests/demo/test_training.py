@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lorapatch.demo import SCRIPT
+from lorapatch.run.loaded import load_adapter
 
 pytestmark = pytest.mark.train
 
@@ -132,6 +133,8 @@ def test_the_script_with_the_plans_five_flags_trains_an_adapter_and_evaluates_it
     assert len((results / "textvqa/bm1.jsonl").read_text().splitlines()) == 13
     answers = results / "mmbench/answers/mmbench_dev_20230712/MGM-2B-Finetune-default.jsonl"
     assert len(answers.read_text().splitlines()) == 12
+    seen = {finding.id: finding.state for finding in load_adapter(tuned)}  # as smoke and full do when a run has ended
+    assert seen == {"loaded": "pass", "effect": "pass", "pictures": "pass", "answers": "not checked"}
 
 
 def test_two_ranks_under_zero_3_have_the_losses_of_one_under_zero_2(lora: Path, trained: Path) -> None:

@@ -126,9 +126,19 @@ def test_a_real_run_on_the_cpu_allocates_what_the_trace_says(tmp_path: Path, cha
     assert (fake.peak, fake.allocator.peak_reserved) == (real.peak, real.allocator.peak_reserved)
 
 
-@pytest.mark.parametrize("zero", [ZERO2, ZERO3, None, replace(ZERO2, stage=1), replace(ZERO2, offload_optimizer=True)])
-@pytest.mark.parametrize("method", ["lora", "full", "pretrain"])
-def test_the_categories_of_the_peak_add_up_to_what_is_allocated(tmp_path: Path, zero: Any, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "zero"),
+    [
+        ("lora", ZERO2),
+        ("lora", ZERO3),
+        ("lora", None),
+        ("full", None),
+        ("full", replace(ZERO2, stage=1)),
+        ("full", replace(ZERO2, offload_optimizer=True)),
+        ("pretrain", ZERO2),
+    ],
+)
+def test_the_categories_of_the_peak_add_up_to_what_is_allocated(tmp_path: Path, method: str, zero: Any) -> None:
     setup = mgm_run(tmp_path, zero=zero, method=method, lora=LoraSetup(r=4) if method == "lora" else None)
     found = measure(setup, 90)
     assert set(found.categories) == set(CATEGORIES)

@@ -78,7 +78,10 @@ def lines(report: Report) -> dict[str, str]:
 def test_a_smoke_of_two_ranks_under_zero_2_passes(script: Path, tmp_path: Path) -> None:
     report = smoke(script, None, options(tmp_path))
     assert report.passed, (report.sentence, (report.folder / "log.txt").read_text()[-3000:])
-    assert [state for what, state in lines(report).items() if state != "pass"] == ["not checked"]  # no budget was given
+    others = {what: state for what, state in lines(report).items() if state != "pass"}
+    assert set(others.values()) == {"not checked"}
+    # No budget was given, and the trainer makes its base model itself.
+    assert set(others) == {"the peak is under the budget", "loaded with its base, the adapter works"}
     launch, metrics = report.record["launch"], report.record["metrics"]
     assert [argv[3] for argv in launch["ranks"]] == ["--local_rank=0", "--local_rank=1"]
     assert launch["environment"]["WORLD_SIZE"] == "2"

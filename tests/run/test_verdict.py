@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lorapatch.adapter.findings import Finding, State
 from lorapatch.adapter.inspect import Adapter, inspect_adapter
 from lorapatch.run.execute import Outcome
 from lorapatch.run.gpus import Gpu
@@ -125,6 +126,20 @@ def test_a_base_parameter_an_unmoved_b_and_a_missing_adapter_fail(tmp_path: Path
     assert line(verdict, "the adapter can be loaded") == ("fail", "it is cut short")
     assert line(verdict, "a checkpoint was written")[0] == "fail"
     assert line(verdict, "no base parameter in the adapter")[0] == "not checked"
+
+
+@pytest.mark.parametrize(
+    ("states", "state_", "evidence"),
+    [
+        ({"a": "pass", "b": "pass", "c": "not checked"}, "pass", "a; b"),
+        ({"a": "pass", "b": "fail"}, "fail", "b"),
+        ({"a": "not checked", "b": "not checked"}, "not checked", "a"),
+    ],
+)
+def test_what_was_seen_of_the_loaded_adapter_is_a_line(states: dict[str, State], state_: str, evidence: str) -> None:
+    found = [Finding(name, 2, seen, name) for name, seen in states.items()]
+    verdict = decide(DONE, state(LOSSES), Peaks(), adapter=None, loaded=found)
+    assert line(verdict, "loaded with its base, the adapter works") == (state_, evidence)
 
 
 @pytest.mark.parametrize(
