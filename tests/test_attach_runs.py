@@ -29,6 +29,8 @@ COMMON = (
     "--use_cpu True --bf16 True --max_steps 4 --save_steps 2 --logging_steps 1 --per_device_train_batch_size 2"
     " --learning_rate 5e-3 --report_to none"
 ).split()
+# One thread a rank, and no processes that wait for something to compile.
+CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -38,8 +40,7 @@ class Forge:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.done: dict[str, Run] = {}
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(Path(lorapatch.__file__).parents[1])
+        environment = {**os.environ, **CPU, "PYTHONPATH": str(Path(lorapatch.__file__).parents[1])}
         program = [sys.executable, "-u", str(TRAINERS / "runner.py")]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(program, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -348,7 +349,7 @@ def test_smoke_makes_a_script_without_lora_a_lora_run_of_two_ranks_and_accepts_i
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(Path(lorapatch.__file__).parents[1]))
-    for name, value in {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
+    for name, value in CPU.items():
         monkeypatch.setenv(name, value)
     report = smoke(script, None, RunOptions(runs=tmp_path / "runs", interval_s=1, timeout_s=400, num_gpus=2))
     assert report.passed, (report.sentence, (report.folder / "log.txt").read_text()[-3000:])
