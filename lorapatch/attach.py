@@ -210,7 +210,8 @@ class Attachment:
         self.seen = False  # a Trainer was made
         self.model: Any = None
         self.config: Any = None
-        self.shapes: dict[str, tuple[int, ...]] = {}  # of the trainable parameters, by the model's own names
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the parameters to be saved, by the model's own names
+        self.resized = False  # the trainer changed the model's vocabulary
         self.first: dict[str, Any] = {}  # PiSSA's first values, by the same names
         self.args: Any = None
         self.state: Any = None  # the Trainer's
@@ -265,6 +266,7 @@ class Attachment:
         cls = module.Trainer
         self.hook_making(cls)
         self.hook_logging(cls)
+        self.hook_resizing(sys.modules["transformers.modeling_utils"].PreTrainedModel)
         self.hook_saving(cls, module)
         self.hook_loading(cls, module)
 
@@ -301,6 +303,20 @@ class Attachment:
             log(trainer, logs, *args, **named)
 
         cls.log = _log
+
+    def hook_resizing(self, cls: Any) -> None:
+        """Remember which models got another vocabulary: their embeddings are no longer those of the base on the disk."""
+        resize = cls.resize_token_embeddings
+
+        @functools.wraps(resize)
+        def _resize(model: Any, *args: Any, **named: Any) -> Any:
+            before = _shape(model.get_input_embeddings().weight)
+            done = resize(model, *args, **named)
+            if _shape(model.get_input_embeddings().weight) != before:
+                model._lorapatch_resized = True
+            return done
+
+        cls.resize_token_embeddings = _resize
 
     def hook_saving(self, cls: Any, module: Any) -> None:
         save_model, save, keep = cls.save_model, cls._save, cls._save_optimizer_and_scheduler
@@ -387,7 +403,7 @@ class Attachment:
                 return load_engine(engine, checkpoint_path, **named)
             self.check(Path(checkpoint_path))
             done = load_engine(engine, checkpoint_path, load_module_strict=False)  # the frozen weights are not in there
-            if self.first:
+            if self.first or self.resized:  # what is frozen and yet not the base model's
                 self.load(Path(checkpoint_path))
             return done
 
@@ -465,6 +481,12 @@ class Attachment:
         if checkpoints(model, args):
             require_input_grads(model)
         self.shapes = {name: _shape(p) for name, p in model.named_parameters() if p.requires_grad}
+        self.resized = self.config is not None and getattr(model, "_lorapatch_resized", False)
+        if self.resized:  # PEFT saves them then, too
+            heads = [model.get_input_embeddings(), model.get_output_embeddings()]
+            weights = [head.weight for head in heads if head is not None]
+            named = ((name, p) for name, p in model.named_parameters() if any(p is weight for weight in weights))
+            self.shapes.update((name, _shape(p)) for name, p in named)
         if not any("lora_" in name for name in self.shapes):
             _refuse("the trainer froze its own LoRA, so nothing of it would learn")
         if getattr(args, "process_index", 0) == 0:

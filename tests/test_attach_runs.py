@@ -15,6 +15,7 @@ import pytest
 
 import lorapatch
 from lorapatch.adapter.inspect import inspect_adapter
+from lorapatch.adapter.merge import merge
 from lorapatch.adapter.verify import verify
 from lorapatch.run.log import Announcement, LogParser, Metrics
 from lorapatch.run.runs import RunOptions, smoke
@@ -263,6 +264,22 @@ def test_a_checkpoint_of_another_kind_is_refused(forge: Forge) -> None:
     forge.style("plain").copy("rank4")
     other = forge.run("plain", "rank4", "--lora_r", "8", fresh=False, fails=True)
     assert other.codes == [3] and "is of LoRA of rank 4, this run has rank 8" in other.text
+
+
+def test_a_vocabulary_that_the_trainer_changed_is_saved_with_the_adapter(forge: Forge, tmp_path: Path) -> None:
+    import torch
+
+    run = forge.run("alpaca", "alpaca")
+    assert run.lora["trainable"] == run.lora["lora"] == 4352
+    others = torch.load(run.folder / "non_lora_trainables.bin", weights_only=True)
+    embedding, head = (others[f"base_model.model.{name}.weight"] for name in ("model.embed_tokens", "lm_head"))
+    assert embedding.shape == head.shape == (65, 32) and (embedding[-1] == 7).all()
+    assert_accepted(run)
+    merged = merge(run.folder, tmp_path / "merged").output
+    assert json.loads((merged / "config.json").read_text())["vocab_size"] == 65
+    forge.run("alpaca", "alpaca", "--max_steps", "5", "--last_row", "3", fresh=False)
+    again = torch.load(run.folder / "non_lora_trainables.bin", weights_only=True)
+    assert (again["base_model.model.model.embed_tokens.weight"][-1] == 7).all()  # the checkpoint's, not the new run's
 
 
 SHORT = ["--max_steps", "1", "--save_strategy", "no"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import json
 import tempfile
 import warnings
@@ -150,9 +151,19 @@ def _put_others(model: Any, adapter: Path) -> tuple[str, ...]:
 
     from lorapatch.adapter.update import as_torch
 
+    others = read_bridge(adapter)
+    if not others:
+        return ()
+    base = model.get_base_model()
+    words = base.get_input_embeddings().weight
+    embedding = next((plain_name(name) for name, parameter in model.named_parameters() if parameter is words), "")
+    if embedding in others and others[embedding].shape[0] != words.shape[0]:
+        resize = base.resize_token_embeddings
+        plain = {"mean_resizing": False} if "mean_resizing" in inspect.signature(resize).parameters else {}
+        resize(others[embedding].shape[0], **plain)
     places = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     left = []
-    for name, tensor in read_bridge(adapter).items():
+    for name, tensor in others.items():
         place = places.get(name)
         if place is None or tuple(place.shape) != tuple(tensor.shape):
             left.append(name)
