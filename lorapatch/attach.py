@@ -86,8 +86,9 @@ def main() -> None:
             runpy.run_module(trainer, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(trainer, run_name="__main__")
-    except SystemExit as end:
-        if end.code not in (None, 0):
+    except BaseException as end:
+        if not isinstance(end, SystemExit) or end.code not in (None, 0):
+            attachment.rescue(end)
             raise
     attachment.finish()
 
@@ -209,7 +210,8 @@ class Attachment:
         self.seen = False  # a Trainer was made
         self.model: Any = None
         self.config: Any = None
-        self.shapes: dict[str, tuple[int, ...]] = {}  # of the trainable parameters, by the model's own names
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the parameters to be saved, by the model's own names
+        self.resized = False  # the trainer changed the model's vocabulary
         self.first: dict[str, Any] = {}  # PiSSA's first values, by the same names
         self.args: Any = None
         self.state: Any = None  # the Trainer's
@@ -263,6 +265,8 @@ class Attachment:
         """Put ourselves before and behind the methods of transformers' Trainer that make, save and load a model."""
         cls = module.Trainer
         self.hook_making(cls)
+        self.hook_logging(cls)
+        self.hook_resizing(sys.modules["transformers.modeling_utils"].PreTrainedModel)
         self.hook_saving(cls, module)
         self.hook_loading(cls, module)
 
@@ -282,6 +286,37 @@ class Attachment:
             self.follow(trainer)
 
         cls.__init__ = __init__
+
+    def hook_logging(self, cls: Any) -> None:
+        """Numbers into the log where there are tensors of one: they would stop the trainer's state from being written.
+
+        transformers before 4.39 logs the gradient norm as DeepSpeed gives it, which is a tensor in newer releases.
+        """
+        log = cls.log
+
+        @functools.wraps(log)
+        def _log(trainer: Any, logs: dict[str, Any], *args: Any, **named: Any) -> None:
+            if self.model is not None:
+                for name, value in logs.items():  # in place: Trainer goes on with this dict
+                    if getattr(value, "ndim", None) == 0:
+                        logs[name] = value.item()
+            log(trainer, logs, *args, **named)
+
+        cls.log = _log
+
+    def hook_resizing(self, cls: Any) -> None:
+        """Remember which models got another vocabulary: their embeddings are no longer those of the base on the disk."""
+        resize = cls.resize_token_embeddings
+
+        @functools.wraps(resize)
+        def _resize(model: Any, *args: Any, **named: Any) -> Any:
+            before = _shape(model.get_input_embeddings().weight)
+            done = resize(model, *args, **named)
+            if _shape(model.get_input_embeddings().weight) != before:
+                model._lorapatch_resized = True
+            return done
+
+        cls.resize_token_embeddings = _resize
 
     def hook_saving(self, cls: Any, module: Any) -> None:
         save_model, save, keep = cls.save_model, cls._save, cls._save_optimizer_and_scheduler
@@ -341,11 +376,13 @@ class Attachment:
             asked = getattr(trainer.args, "resume_from_checkpoint", None)
             if resume_from_checkpoint is None and self.holds(trainer.model) and asked and asked.lower() != "false":
                 resume_from_checkpoint = True if asked.lower() == "true" else asked  # few trainers pass it on
-            done = train(trainer, resume_from_checkpoint, *args, **named)
-            if self.holds(trainer.model):
-                self.kept = None  # the best checkpoint may have been loaded
-                self.keep(trainer)  # all ranks are here; what the trainer saves from one alone comes later
-                self.unsaved = True
+            try:
+                done = train(trainer, resume_from_checkpoint, *args, **named)
+            except Exception:
+                if 0 < trainer.state.max_steps <= trainer.state.global_step:  # its last checkpoint, its last evaluation
+                    self.ended(trainer, alone=True)
+                raise
+            self.ended(trainer)
             return done
 
         @functools.wraps(load)
@@ -366,7 +403,7 @@ class Attachment:
                 return load_engine(engine, checkpoint_path, **named)
             self.check(Path(checkpoint_path))
             done = load_engine(engine, checkpoint_path, load_module_strict=False)  # the frozen weights are not in there
-            if self.first:
+            if self.first or self.resized:  # what is frozen and yet not the base model's
                 self.load(Path(checkpoint_path))
             return done
 
@@ -377,6 +414,7 @@ class Attachment:
         """Set what was asked for in a LoraConfig of the trainer's own, the moment it goes onto a model."""
         lora = module.tuners.lora.LoraModel
         init, from_pretrained = lora.__init__, module.PeftModel.from_pretrained.__func__
+        save_pretrained = module.PeftModel.save_pretrained
 
         @functools.wraps(init)
         def __init__(tuner: Any, model: Any, config: Any, *args: Any, **named: Any) -> None:
@@ -393,8 +431,15 @@ class Attachment:
             finally:
                 self.quiet = quiet
 
+        @functools.wraps(save_pretrained)
+        def _save_pretrained(model: Any, *args: Any, **named: Any) -> Any:
+            done = save_pretrained(model, *args, **named)
+            self.unsaved = self.unsaved and model is not self.model
+            return done
+
         lora.__init__ = __init__
         module.PeftModel.from_pretrained = classmethod(_from_pretrained)
+        module.PeftModel.save_pretrained = _save_pretrained
 
     def override(self, config: Any, model: Any) -> None:
         """Set in the trainer's own ``config`` what the command line asks for and the trainer has no flag for."""
@@ -436,6 +481,12 @@ class Attachment:
         if checkpoints(model, args):
             require_input_grads(model)
         self.shapes = {name: _shape(p) for name, p in model.named_parameters() if p.requires_grad}
+        self.resized = self.config is not None and getattr(model, "_lorapatch_resized", False)
+        if self.resized:  # PEFT saves them then, too
+            heads = [model.get_input_embeddings(), model.get_output_embeddings()]
+            weights = [head.weight for head in heads if head is not None]
+            named = ((name, p) for name, p in model.named_parameters() if any(p is weight for weight in weights))
+            self.shapes.update((name, _shape(p)) for name, p in named)
         if not any("lora_" in name for name in self.shapes):
             _refuse("the trainer froze its own LoRA, so nothing of it would learn")
         if getattr(args, "process_index", 0) == 0:
@@ -468,12 +519,15 @@ class Attachment:
         sharded = bool(getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None) or _is_fsdp(args))
         dtype = weights[0].dtype
         for name, p in model.named_parameters():
+            plain = name.replace(".base_layer.", ".")
             if "lora_" in name:
                 # DeepSpeed and FSDP put parameters of one type together, and keep the float32 copies themselves.
                 p.data = p.data.to(dtype) if sharded and dtype.is_floating_point else p.data.float()
-            elif name in before and (_BRIDGE.search(name) or _NEW_HEAD.search(name) or (also and _search(also, name))):
+            elif not name.endswith(".base_layer.weight") and plain in before and (
+                _BRIDGE.search(plain) or _NEW_HEAD.search(plain) or (also and _search(also, plain))
+            ):
                 p.requires_grad = True
-            elif p.requires_grad and name.replace(".base_layer.", ".") not in before:
+            elif p.requires_grad and plain not in before:
                 p.requires_grad = False  # PEFT's bias="all" also means the towers'
         if self.flags.variant == "pissa":
             pairs = ((n, p) for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n)
@@ -568,6 +622,17 @@ class Attachment:
     @property
     def step(self) -> int:
         return int(getattr(self.state, "global_step", 0))
+
+    def ended(self, trainer: Any, alone: bool = False) -> None:
+        """Training is over: keep what it trained until that is on the disk. ``alone``: other ranks may be elsewhere."""
+        own = self.config is None and trainer.model is self.model  # LoRA of the trainer's own, which it saves itself
+        if not own and not self.holds(trainer.model):
+            return
+        self.state, self.kept, self.unsaved = trainer.state, None, True  # the best checkpoint may have been loaded
+        fsdp = _is_fsdp(trainer.args)
+        together = fsdp or any(_is_partitioned(p) for p in self.model.parameters() if p.requires_grad)
+        if not (own and fsdp) and not (alone and together):
+            self.keep(trainer)  # all ranks are here; what the trainer saves from one alone comes later
 
     def keep(self, trainer: Any) -> None:
         """Gather the trainable parameters on the CPU; called on every rank."""
@@ -698,11 +763,42 @@ class Attachment:
         """After the trainer: was there a Trainer, and is what it trained on the disk?"""
         if not self.seen and self.flags.enabled:
             _refuse("the trainer has ended and made no transformers.Trainer, so nothing got LoRA")
-        if not self.unsaved or self.kept is None or not self.args.should_save:
+        if not self.unsaved or self.config is None or self.kept is None or not self.args.should_save:
             return
         folder = Path(self.args.output_dir)
         self.write(folder, self.kept[1])
         print(f"lorapatch attach: the trainer saved in a way of its own; the adapter is in {folder}", flush=True)
+
+    def rescue(self, error: BaseException) -> None:
+        """The trainer fails behind its training: write what was kept, if nothing is on the disk; never raises.
+
+        Nothing is gathered here, for the other ranks may be anywhere: under ZeRO-3 and FSDP there is something to write
+        only if ``trainer.train`` came to its end, where all of them were.
+        """
+        if not self.unsaved or not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir)
+        said = f"after training the trainer failed ({type(error).__name__})"
+        try:
+            if self.kept is None:
+                said += "; its adapter is not saved, for under ZeRO-3 and FSDP that takes all ranks: see the last checkpoint"
+            else:
+                (self.write if self.config is not None else self.write_own)(folder, self.kept[1])
+                said += f"; the adapter is in {folder}"
+        except Exception as failure:
+            said += f"; its adapter cannot be saved in {folder} ({failure})"
+        print(f"lorapatch attach: {said}", file=sys.stderr, flush=True)
+
+    def write_own(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """The files of the trainer's own LoRA, as LLaVA's trainer and its like write them."""
+        import torch
+
+        self.model.save_pretrained(str(folder), state_dict=dict(state))
+        others = {name: tensor for name, tensor in state.items() if "lora_" not in name}
+        if others:
+            _replace(folder / _OTHERS, lambda path: torch.save(others, path))
+        if hasattr(getattr(self.model, "config", None), "save_pretrained"):
+            self.model.config.save_pretrained(str(folder))
 
 
 # -- which modules ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import selectors
@@ -11,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 __all__ = ["Call", "fault", "run_script"]
@@ -91,14 +93,15 @@ def run_script(text: bytes, arguments: Sequence[str] = (), environment: Mapping[
     """
     bash = shutil.which("bash")
     assert bash is not None, "the oracle needs bash"
+    tools = _tools(bash)
     with tempfile.TemporaryDirectory(prefix="oracle-") as folder:
         root = Path(folder)
-        script = _furnish(root, text, bash)
+        script = _furnish(root, text, tools / "stub")
         given = {
-            "PATH": str(root / "bin"),
+            "PATH": str(tools / "bin"),
             "HOME": str(root / "home"),
             "LC_ALL": "C",
-            "BASH_ENV": str(root / "record.sh"),
+            "BASH_ENV": str(tools / "record.sh"),
             "ORACLE_LOG": str(root / "log"),
             "ORACLE_ENV": str(shutil.which("env")),
             "ORACLE_MKDIR": str(shutil.which("mkdir")),
@@ -106,13 +109,15 @@ def run_script(text: bytes, arguments: Sequence[str] = (), environment: Mapping[
         }
         _run([bash, script.name, *arguments], script.parent, given)
         records = sorted((root / "log").iterdir(), key=lambda path: path.name)
-        return [_parsed(path.read_bytes(), os.fsencode(folder)) for path in records]
+        return [_parsed(path.read_bytes(), os.fsencode(tools), os.fsencode(folder)) for path in records]
 
 
-def _furnish(root: Path, text: bytes, bash: str) -> Path:
-    """Lay out the stubs, the real programs and the script, whose interpreters under CONDA become stubs too."""
-    for name in ("bin", "home", "log", "work"):
-        (root / name).mkdir()
+@cache
+def _tools(bash: str) -> Path:
+    """The stubs and the real programs in ``bin``; made once, removed at the end. No script can change them."""
+    root = Path(tempfile.mkdtemp(prefix="oracle-tools-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    (root / "bin").mkdir()
     (root / "record.sh").write_text(RECORD)
     stub = root / "stub"
     stub.write_text(STUB.replace("@BASH@", bash))
@@ -121,10 +126,17 @@ def _furnish(root: Path, text: bytes, bash: str) -> Path:
         found = shutil.which(name)
         if found is not None:
             (root / "bin" / name).symlink_to(found)
-    places = [root / "bin" / name for name in STUBS]
+    for name in STUBS:
+        (root / "bin" / name).symlink_to(stub)
+    return root
+
+
+def _furnish(root: Path, text: bytes, stub: Path) -> Path:
+    """Lay out the script, whose interpreters under CONDA become stubs."""
+    for name in ("home", "log", "work"):
+        (root / name).mkdir()
     for path in set(re.findall(re.escape(CONDA) + rb"/[\w./-]+", text)):
-        places.append(root / os.fsdecode(path).lstrip("/"))
-    for place in places:
+        place = root / os.fsdecode(path).lstrip("/")
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(stub)
     script = root / "work" / "script.sh"
@@ -152,8 +164,10 @@ def _run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
         os.close(reading)
 
 
-def _parsed(record: bytes, root: bytes) -> Call:
-    words = record.replace(root, b"").split(b"\0")
+def _parsed(record: bytes, *roots: bytes) -> Call:
+    for root in roots:
+        record = record.replace(root, b"")
+    words = record.split(b"\0")
     count = int(words[1])
     pairs = (word.split(b"=", 1) for word in words[2 + count :] if b"=" in word)
     kept = {

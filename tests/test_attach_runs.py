@@ -15,6 +15,7 @@ import pytest
 
 import lorapatch
 from lorapatch.adapter.inspect import inspect_adapter
+from lorapatch.adapter.merge import merge
 from lorapatch.adapter.verify import verify
 from lorapatch.run.log import Announcement, LogParser, Metrics
 from lorapatch.run.runs import RunOptions, smoke
@@ -29,6 +30,8 @@ COMMON = (
     "--use_cpu True --bf16 True --max_steps 4 --save_steps 2 --logging_steps 1 --per_device_train_batch_size 2"
     " --learning_rate 5e-3 --report_to none"
 ).split()
+# One thread a rank, and no processes that wait for something to compile.
+CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -38,8 +41,7 @@ class Forge:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.done: dict[str, Run] = {}
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(Path(lorapatch.__file__).parents[1])
+        environment = {**os.environ, **CPU, "PYTHONPATH": str(Path(lorapatch.__file__).parents[1])}
         program = [sys.executable, "-u", str(TRAINERS / "runner.py")]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(program, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -164,7 +166,7 @@ def test_an_optimizer_of_the_trainer_s_own_gets_the_trainable_parameters_alone(f
     import torch
 
     others = torch.load(run.folder / "non_lora_trainables.bin", weights_only=True)
-    assert_accepted(run, (1,))
+    assert_accepted(run)
     assert len(others) == 5 and "base_model.model.model.norm.weight" in others
     assert run.lora["trainable"] == 4352 + 160
 
@@ -264,6 +266,66 @@ def test_a_checkpoint_of_another_kind_is_refused(forge: Forge) -> None:
     assert other.codes == [3] and "is of LoRA of rank 4, this run has rank 8" in other.text
 
 
+def test_a_vocabulary_that_the_trainer_changed_is_saved_with_the_adapter(forge: Forge, tmp_path: Path) -> None:
+    import torch
+
+    run = forge.run("alpaca", "alpaca")
+    assert run.lora["trainable"] == run.lora["lora"] == 4352
+    others = torch.load(run.folder / "non_lora_trainables.bin", weights_only=True)
+    embedding, head = (others[f"base_model.model.{name}.weight"] for name in ("model.embed_tokens", "lm_head"))
+    assert embedding.shape == head.shape == (65, 32) and (embedding[-1] == 7).all()
+    assert_accepted(run)
+    merged = merge(run.folder, tmp_path / "merged").output
+    assert json.loads((merged / "config.json").read_text())["vocab_size"] == 65
+    forge.run("alpaca", "alpaca", "--max_steps", "5", "--last_row", "3", fresh=False)
+    again = torch.load(run.folder / "non_lora_trainables.bin", weights_only=True)
+    assert (again["base_model.model.model.embed_tokens.weight"][-1] == 7).all()  # the checkpoint's, not the new run's
+
+
+SHORT = ["--max_steps", "1", "--save_strategy", "no"]
+
+
+def test_a_trainer_that_logs_tensors_can_write_its_state(forge: Forge) -> None:
+    run = forge.run("fails", "logs", "--max_steps", "2", zero=None)
+    for folder in (run.folder, run.folder / "checkpoint-2"):
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        assert [entry["half"] for entry in history if "half" in entry] == pytest.approx([x / 2 for x in run.losses], abs=1e-2)
+    alone = forge.run("fails", "logs", *SHORT, "--lora_enable", "False", zero=None, fails=True)
+    assert alone.codes == [1] and "Object of type Tensor is not JSON serializable" in alone.text
+
+
+def test_a_trainer_that_fails_behind_its_training_leaves_the_adapter_and_its_error(forge: Forge) -> None:
+    run = forge.run("fails", "saving", *SHORT, "--where", "saving", zero=3, ranks=2, fails=True)
+    assert run.codes == [1, 1] and "OSError: the disk of another machine is gone" in run.text
+    assert f"after training the trainer failed (OSError); the adapter is in {run.folder}\n" in run.text
+    assert_accepted(run, (1,))
+    exits = forge.run("fails", "exits", *SHORT, "--where", "exit", zero=None, fails=True)
+    assert exits.codes == [1] and "after training the trainer failed (SystemExit); the adapter is in" in exits.text
+    assert_accepted(exits, (1,))
+
+
+def test_so_does_one_with_lora_of_its_own(forge: Forge) -> None:
+    import torch
+
+    run = forge.run("fails", "own_fails", *SHORT, "--own", "True", "--where", "saving", fails=True)
+    assert run.codes == [1] and f"the adapter is in {run.folder}\n" in run.text
+    assert_accepted(run)
+    others = torch.load(run.folder / "non_lora_trainables.bin", weights_only=True)
+    assert list(others) == ["base_model.model.model.embed_tokens.weight"]
+    fine = forge.run("fails", "own_fine", *SHORT, "--own", "True")
+    assert "the adapter is in" not in fine.text and inspect_adapter(fine.folder).moved == 2
+
+
+def test_what_one_rank_alone_does_not_have_is_not_saved_and_it_says_so(forge: Forge) -> None:
+    best = "--max_steps 1 --save_steps 1 --load_best_model_at_end True --eval_strategy steps --eval_steps 1".split()
+    run = forge.run("fails", "last", *best, zero=3, fails=True)
+    assert "OSError: the best checkpoint is gone" in run.text and "under ZeRO-3 and FSDP that takes all ranks" in run.text
+    assert not (run.folder / "adapter_config.json").exists()
+    whole = forge.run("fails", "last", *best, zero=2, fails=True)
+    assert "OSError: the best checkpoint is gone" in whole.text and "; the adapter is in" in whole.text
+    assert_accepted(whole, (1,))
+
+
 @pytest.mark.parametrize("variant", ["rslora", "dora", "pissa"])
 def test_a_variant_is_trained_saved_and_accepted(forge: Forge, variant: str) -> None:
     run = forge.run("plain", variant, "--lora_variant", variant)
@@ -304,7 +366,7 @@ def test_smoke_makes_a_script_without_lora_a_lora_run_of_two_ranks_and_accepts_i
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(Path(lorapatch.__file__).parents[1]))
-    for name, value in {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
+    for name, value in CPU.items():
         monkeypatch.setenv(name, value)
     report = smoke(script, None, RunOptions(runs=tmp_path / "runs", interval_s=1, timeout_s=400, num_gpus=2))
     assert report.passed, (report.sentence, (report.folder / "log.txt").read_text()[-3000:])

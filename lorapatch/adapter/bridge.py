@@ -12,7 +12,7 @@ from lorapatch.adapter.settings import read_json
 from lorapatch.adapter.tensors import Tensor, read_tensors
 from lorapatch.errors import Refused
 
-__all__ = ["FILE", "bridge_shapes", "check_bridge", "is_multimodal", "read_bridge", "read_config"]
+__all__ = ["FILE", "bridge_shapes", "check_bridge", "is_multimodal", "plain_name", "read_bridge", "read_config"]
 
 FILE = "non_lora_trainables.bin"
 
@@ -36,12 +36,13 @@ def read_bridge(directory: Path) -> dict[str, Tensor]:
     path = directory / FILE
     if not path.is_file():
         return {}
-    return {_plain(name): tensor for name, tensor in read_tensors(path).items()}
+    return {plain_name(name): tensor for name, tensor in read_tensors(path).items()}
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name in the whole model of a parameter that PEFT or a trainer has wrapped."""
     name = name.removeprefix("module.").removeprefix("base_model.model.")
-    return name.replace(".modules_to_save.default.", ".")
+    return name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
 
 
 def bridge_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def check_loaded(
     shown = range(subject.pictures)
     before = [subject.logits(), *(subject.logits(number) for number in shown)]
     if 2 in tiers:
-        findings += [_check_state(adapter, subject, device, dtype), _check_effect(subject, before[0])]
+        findings += [_check_state(adapter, subject, model.weights, device, dtype), _check_effect(subject, before[0])]
         findings.append(_check_pictures(before, note))
         findings += _check_samples(subject, data)
     with subject.without_adapter():
@@ -85,8 +85,10 @@ def _open(
     return TextSubject(model.directory, adapter.directory, device, dtype), reason
 
 
-def _check_state(adapter: Adapter, subject: Subject, device: str, dtype: torch.dtype) -> Finding:
-    """Whether PEFT holds the file's LoRA tensors: it passes over what it finds no place for."""
+def _check_state(
+    adapter: Adapter, subject: Subject, in_base: Collection[str], device: str, dtype: torch.dtype
+) -> Finding:
+    """Whether the model holds the files' tensors: PEFT passes over what it finds no place for."""
     from lorapatch.adapter.update import as_torch
 
     loaded = {
@@ -94,7 +96,7 @@ def _check_state(adapter: Adapter, subject: Subject, device: str, dtype: torch.d
         for name, value in subject.model.state_dict().items()
         if ".lora_" in name
     }
-    wrong = []
+    wrong = [name for name in subject.unplaced if name in in_base]  # others: of eyes, or of a head, not loaded here
     for name, tensor in adapter.all_tensors.items():
         plain = name.removeprefix("base_model.model.").replace(".default", "")
         if ".lora_" not in plain:

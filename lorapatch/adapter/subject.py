@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import json
 import tempfile
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorapatch.adapter.base_model import BaseModel
+from lorapatch.adapter.bridge import plain_name, read_bridge
 from lorapatch.adapter.settings import read_json
 from lorapatch.errors import Refused
 
@@ -44,6 +46,7 @@ class Subject:
 
     pictures = 0
     model: Any
+    unplaced: tuple[str, ...] = ()  # tensors trained beside LoRA that the model has no place for
 
     def logits(self, picture: int | None = None) -> torch.Tensor:
         """Logits [n, vocabulary] (float32, CPU) at the last positions of the test questions, with a picture or none."""
@@ -59,7 +62,7 @@ class Subject:
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The base model; modules saved whole and the bridge of an MGM model stay as trained."""
+        """The base model; modules saved whole and what was trained beside LoRA stay as trained."""
         with self.model.disable_adapter():
             yield
 
@@ -85,6 +88,7 @@ class TextSubject(Subject):
                 from peft import PeftModel
 
                 self.model = PeftModel.from_pretrained(self.model, str(adapter))
+                self.unplaced = _put_others(self.model, adapter)
         self.model.to(device).eval()
         self.device = device
         self.tokenizer = _tokenizer(adapter, folder)
@@ -139,6 +143,34 @@ class TextSubject(Subject):
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, before:], reduction="sum"))
             count += ids.shape[1] - before
         return total / max(count, 1)
+
+
+def _put_others(model: Any, adapter: Path) -> tuple[str, ...]:
+    """Put what was trained beside LoRA into ``model``; returns the names of what it has no place for."""
+    import torch
+
+    from lorapatch.adapter.update import as_torch
+
+    others = read_bridge(adapter)
+    if not others:
+        return ()
+    base = model.get_base_model()
+    words = base.get_input_embeddings().weight
+    embedding = next((plain_name(name) for name, parameter in model.named_parameters() if parameter is words), "")
+    if embedding in others and others[embedding].shape[0] != words.shape[0]:
+        resize = base.resize_token_embeddings
+        plain = {"mean_resizing": False} if "mean_resizing" in inspect.signature(resize).parameters else {}
+        resize(others[embedding].shape[0], **plain)
+    places = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    left = []
+    for name, tensor in others.items():
+        place = places.get(name)
+        if place is None or tuple(place.shape) != tuple(tensor.shape):
+            left.append(name)
+            continue
+        with torch.no_grad():
+            place.copy_(as_torch(tensor))
+    return tuple(left)
 
 
 class MgmSubject(Subject):

@@ -20,6 +20,7 @@ from tiny_models import (
     load_base,
     make_adapter,
     make_base,
+    make_partly_trained,
     merged_by_peft,
     rewrite,
     tensors_of,
@@ -93,6 +94,19 @@ def test_the_bias_of_lora_b_goes_into_the_bias(options: dict[str, Any], bases: M
         adapter = make_adapter(tmp_path / dtype, base, target_modules=["q_proj", "v_proj"], **options)
         merge(adapter, tmp_path / f"out-{dtype}")
         same(tensors_of(tmp_path / f"out-{dtype}"), merged_by_peft(base, adapter))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_trained_beside_lora_is_in_the_merged_model(family: str, bases: Make, tmp_path: Path) -> None:
+    live = make_partly_trained(tmp_path / "adapter", bases(family))
+    merge(tmp_path / "adapter", tmp_path / "out")
+    assert set(tensors_of(tmp_path / "out")) == set(tensors_of(bases(family)))
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), live.disable_adapter():
+        without = live(input_ids=ids).logits
+    with torch.no_grad():
+        whole, merged = live(input_ids=ids).logits, load_base(tmp_path / "out")(input_ids=ids).logits
+    assert torch.allclose(merged, whole, atol=1e-5) and not torch.allclose(merged, without, atol=1e-3)
 
 
 def test_true_widths_have_the_bits_of_peft_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

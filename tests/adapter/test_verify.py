@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import edit_config, load_base, make_adapter, make_base, rewrite, tensors_of, trainer_zoo
+from tiny_models import (
+    edit_config,
+    load_base,
+    make_adapter,
+    make_base,
+    make_partly_trained,
+    rewrite,
+    tensors_of,
+    trainer_zoo,
+)  # fmt: skip
 
 from lorapatch.adapter import subject
 from lorapatch.adapter.findings import Finding
@@ -90,6 +99,23 @@ def test_tensors_that_peft_passes_over_are_found(adapter: Path) -> None:
     assert loaded.state == "fail" and loaded.sentence.startswith(
         "2 tensors did not arrive in the model, such as model."
     )
+
+
+@pytest.mark.parametrize("family", ["gemma", "qwen2"])
+def test_what_was_trained_beside_lora_is_loaded_with_it(family: str, bases: Make, tmp_path: Path) -> None:
+    live = make_partly_trained(tmp_path / "adapter", bases(family))
+    tuned = subject.TextSubject(bases(family), tmp_path / "adapter", "cpu", torch.float32)
+    loaded = dict(tuned.model.named_parameters())
+    assert tuned.unplaced == () and all(torch.equal(loaded[name], p) for name, p in live.named_parameters())
+    found = by_id(tmp_path / "adapter")
+    assert [found[name].state for name in ("bridge", "loaded", "effect", "merged")] == ["pass"] * 4
+    assert found["merged"].figures["relative_difference"] < 1e-5
+    file = tmp_path / "adapter" / "non_lora_trainables.bin"
+    others = torch.load(file)
+    others["base_model.model.model.norm.weight"] = torch.ones(3)
+    torch.save(others, file)
+    damaged = by_id(tmp_path / "adapter", tiers=(2,))["loaded"]
+    assert damaged.sentence == "1 tensor did not arrive in the model, such as model.norm.weight"
 
 
 def test_an_adapter_whose_logits_are_not_finite_fails(adapter: Path) -> None:

@@ -73,6 +73,24 @@ def shake(model: Any, seed: int = 1) -> None:
             parameter.data = (parameter.data.float() + noise).to(parameter.dtype)
 
 
+def make_partly_trained(folder: Path, base: Path) -> Any:
+    """A model with LoRA of which norms, biases and the embedding were trained, too, saved to ``folder``; the live one."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(base), config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "embed_tokens" in name or name.endswith(".bias"):
+            parameter.requires_grad_(True)
+    shake(model)
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(str(folder))
+    model.config.save_pretrained(str(folder))
+    others = {name: tensor for name, tensor in trained.items() if ".lora_" not in name}
+    torch.save(others, folder / "non_lora_trainables.bin")
+    return model
+
+
 def merged_by_peft(base: Path, adapter: Path) -> dict[str, Any]:
     """The state that PEFT's ``merge_and_unload`` gives, by name; tied tensors under both names."""
     from peft import PeftModel

@@ -3,6 +3,7 @@
 Reads one JSON line a job: {"argv": [...], "ranks": N, "env": {...}, "log": PATH}; answers with the exit codes.
 """
 
+import gc
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import sys
 import traceback
 
 import deepspeed
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  # brings torch's compiler, most of what a run would import
 import peft  # noqa: F401
 import torch
 import transformers.trainer  # noqa: F401
@@ -40,6 +42,7 @@ def child(job, rank, port):
 
 
 torch.set_num_threads(1)
+gc.freeze()  # what is loaded by now is nothing for the garbage collectors of the runs
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
