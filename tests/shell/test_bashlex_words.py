@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapatch.shell.bashlex_words import Parts, bashlex_parts
@@ -73,6 +73,7 @@ PIECES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(PIECES, max_size=14).map("".join))
 def test_both_ways_agree_on_any_text(text: str) -> None:
     assert parts("run " + text) == by_grammar("run " + text)
