@@ -130,6 +130,16 @@ def test_a_merge_that_loses_the_adapter_is_found(adapter: Path, monkeypatch: pyt
     assert merged.state == "fail" and merged.sentence.endswith("it is another model")
 
 
+@pytest.mark.parametrize(("kind", "state"), [("llava_unheard_of", "not checked"), ("unheard_of", "fail")])
+def test_a_merged_model_that_transformers_does_not_know_is_no_traceback(
+    kind: str, state: str, adapter: Path, bases: Make
+) -> None:
+    config = json.loads((bases() / "config.json").read_text())
+    (adapter / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    merged = by_id(adapter, tiers=(2, 3))["merged"]
+    assert merged.state == state and "merged, but transformers here cannot load it: The checkpoint" in merged.sentence
+
+
 def test_a_tolerance_that_is_larger_than_the_effect_says_that_it_proves_little(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
