@@ -31,6 +31,7 @@ _PLAIN = re.compile(r"[\w./,:=+@%-]+")
 _KNOWN = frozenset("lora_r lora_alpha lora_dropout lora_bias lora_weight_path lora_target_modules lora_variant".split())
 _TRUE = {"true", "1", "yes", "on", ""}
 _FALSE = {"false", "0", "no", "off"}
+_OPTIONAL = re.compile(r"\$(?:[@*]|\{[^}]*(?:[@*]|\+))")  # an array, all arguments, a word for the case that a variable is set
 _CONTINUED = re.compile(rb"([ \t]*)\\\n([ \t]*)")
 _LAST_LINE = re.compile(rb"\n[ \t]*$")
 
@@ -209,7 +210,7 @@ def _plan(script: Script, launch: Launch, flags: Mapping[str, Words]) -> tuple[l
             missing[name] = value
             settings.append(Setting(f"--{name}", None, " ".join(value), script.line(max(launch.insert_at, 0))))
             continue
-        flag = found[-1]
+        flag = _with_its_own(found[-1], value)
         if _same(flag, value):
             continue
         _check_not_shared(script, launch, flag)
@@ -227,6 +228,8 @@ def _check_conditional(script: Script, launch: Launch, name: str) -> None:
                 f"line {script.line(start)}: --{name} stands in a variable that is not always set the same way; move it"
                 f" into the launch on line {launch.line}"
             )
+    if not re.search("lora|bits", name):
+        return  # of another flag the last one counts, which is ours
     hidden = re.compile(rf"(?<![\w/.}}-])--{name.replace('_', '[-_]')}\b")
     for word in launch.arguments:  # "${LORA:+--lora_r 8}", "$R" with R="--lora_r=8"
         if "$" not in word.text and "`" not in word.text:
@@ -245,6 +248,13 @@ def _check_not_shared(script: Script, launch: Launch, flag: Flag) -> None:
                 f"line {flag.line}: {flag.name} stands in a variable that the launch on line {other.line} uses too;"
                 f" give the launch on line {launch.line} its own"
             )
+
+
+def _with_its_own(flag: Flag, words: Words) -> Flag:
+    """``flag`` without what may expand to nothing behind a single value: ``"${EXTRA[@]}"``, ``${DEBUG:+--max_steps 5}``."""
+    if len(words) == 1 and flag.values and all(_OPTIONAL.search(word.text) for word in flag.values[1:]):
+        return flag._replace(values=flag.values[:1])
+    return flag
 
 
 def _same(flag: Flag, words: Words) -> bool:
