@@ -279,7 +279,7 @@ def test_the_make_target_is_the_command(script: Path) -> None:
     make = shutil.which("make")
     if make is None:
         pytest.skip("no make here")
-    words = [make, "-n", "tune", f"SCRIPT={script}", "BUDGET=8GiB", "TUNE_OPTIONS=--dry-run"]
+    words = [make, "--no-print-directory", "-n", "tune", f"SCRIPT={script}", "BUDGET=8GiB", "TUNE_OPTIONS=--dry-run"]
     shown = subprocess.run(words, cwd=resource_dir("templates").parent, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines()[-1] == f".venv/bin/lorapatch tune {script} --budget 8GiB --dry-run"
