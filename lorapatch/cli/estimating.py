@@ -149,6 +149,9 @@ def _print(found: Estimate, budget: int | None) -> None:
     table.add_row(*_fits(found, sides, budget))
     console.print(table)
     _print_biggest(console, sides, unit)
+    for name, side in sides:
+        for line in side.breakdown.advice:
+            console.print(f"advice for {name}: {escape(line)}")
     for title, lines in (("assumed", _union(found.notes, (side.breakdown.assumed for _, side in sides))),
                          ("not modelled", _union((), (side.breakdown.not_modelled for _, side in sides)))):  # fmt: skip
         for line in lines:
@@ -222,7 +225,7 @@ def _compare(script: Path, options: Any, as_json: bool, budget: int | None, **ho
 
     from lorapatch.memory.estimate import compare, side_dict
 
-    card, cells = compare(script, options, **how)
+    card, cells = compare(script, options, budget_B=budget, **how)
     budget = budget or card.memory
     if as_json:
         grid = [{"method": method, **side_dict(side)} for method, side in cells]

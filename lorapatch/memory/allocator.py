@@ -6,7 +6,6 @@ c10/core/AllocatorConfig.cpp (PYTORCH_CUDA_ALLOC_CONF). One device; memory is ne
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,10 +35,8 @@ class AllocatorSettings:
     capacity: int | None = None  # bytes of the card: cached segments go before a request fails
 
 
-def settings(text: str | None = None, capacity: int | None = None) -> AllocatorSettings:
-    """Settings from ``text`` as in PYTORCH_CUDA_ALLOC_CONF (None: from the environment); raises UsageError."""
-    if text is None:
-        text = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""
+def settings(text: str, capacity: int | None = None) -> AllocatorSettings:
+    """Settings from ``text`` as in PYTORCH_CUDA_ALLOC_CONF; raises UsageError."""
     values: dict[str, str] = {}
     for pair in _pairs(text):
         name, colon, value = pair.partition(":")

@@ -102,8 +102,8 @@ def as_dict(setup: RunSetup) -> dict[str, Any]:
 
 
 def breakdown_dict(breakdown: Breakdown) -> dict[str, Any]:
-    """A breakdown for JSON, without the events that only the allocator's replay needs."""
-    found = {f.name: getattr(breakdown, f.name) for f in fields(breakdown) if f.name != "events"}
+    """A breakdown for JSON."""
+    found = {f.name: getattr(breakdown, f.name) for f in fields(breakdown)}
     found["biggest"] = [tensor._asdict() for tensor in breakdown.biggest]
     return {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
 
@@ -111,7 +111,7 @@ def breakdown_dict(breakdown: Breakdown) -> dict[str, Any]:
 def _breakdown(data: Mapping[str, Any]) -> Breakdown | None:
     try:
         tensors = tuple(Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in data["biggest"])
-        lists = {name: tuple(data[name]) for name in ("assumed", "not_modelled")}
+        lists = {name: tuple(data[name]) for name in ("assumed", "not_modelled", "advice")}
         return Breakdown(**{**data, "biggest": tensors, **lists})
     except (KeyError, TypeError):
         return None

@@ -53,7 +53,7 @@ def estimate(
     that the launch runs, else this one). ``sequence`` (tokens of the longest sample, image tokens included) and
     ``images`` (of a sample) instead of what the data file says. ``trainer``: embedded, upstream or transformers.
     ``fast``: closed form, no trace. ``stage``: as `patch` takes it. ``largest``: look for the largest micro-batch within
-    ``budget_B`` (default: the card's memory), at most one trace more.
+    ``budget_B`` (default: the card's memory), which costs a trace more, three where memory is fragmented.
 
     Raises Refused when the script names no launch or no model whose size can be known, UsageError for a bad value.
     """
@@ -62,7 +62,7 @@ def estimate(
     wanted = Wanted(settings, python, sequence, images, trainer, _path(trainer_root))
     read, launch, described = _described(Path(fspath(script)), patch, wanted, sides, stage)
     card, notes = _card(gpu, described.values())
-    predictor = Predictor(card, fast)
+    predictor = Predictor(card, fast, budget_B)
     try:
         with ThreadPoolExecutor(2) as pool:
             found = dict(zip(described, pool.map(predictor.side, described.values()), strict=True))
@@ -86,6 +86,7 @@ def compare(
     zeros: Sequence[int] = (),
     micro_batches: Sequence[int] = (),
     settings: Mapping[str, object] | None = None,
+    budget_B: int | None = None,
     gpu: str | None = None,
     python: str | None = None,
     sequence: int | None = None,
@@ -116,7 +117,7 @@ def compare(
             for size in micro_batches or (one.setup.micro_batch,):
                 cells.append((method, _changed(one, zero, size)))
     card, _ = _card(gpu, [cell for _, cell in cells])
-    predictor = Predictor(card, fast)
+    predictor = Predictor(card, fast, budget_B)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(predictor.side, [cell for _, cell in cells]))
     return card, [(method, side) for (method, _), side in zip(cells, found, strict=True)]

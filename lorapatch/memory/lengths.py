@@ -15,6 +15,7 @@ from lorapatch.errors import Refused
 __all__ = ["Lengths", "Turn", "measure_lengths", "read_samples", "turns_of"]
 
 READ_B = 64 << 20  # of a longer file the beginning alone is read
+QUANTILES = 100
 ENCODED = 600  # samples that are tokenised when there are more: the longest by their characters, and others evenly
 BYTES_PER_TOKEN = 3.6  # of English text, where there is no tokenizer
 _IMAGE = ("<image>", "<__dj__image>")
@@ -45,10 +46,12 @@ class Turn(NamedTuple):
 class Lengths:
     """Tokens of the samples that a trainer sees, cut at ``limit``; ``labels`` are the supervised positions.
 
-    ``how`` says in words what was counted and with what. ``whole``: every sample was, none only sampled.
+    ``how`` says in words what was counted and with what. ``whole``: every sample was, none only sampled. ``quantiles``
+    are evenly spaced and ascending, the last is the longest.
     """
 
     samples: int
+    quantiles: tuple[int, ...]
     p50: int
     p99: int
     longest: int
@@ -88,7 +91,7 @@ def _measured(
     data: Path, tokenizer: Path | None, version: str, image_tokens: int, limit: int, _stamps: tuple[int, ...]
 ) -> Lengths:
     samples, whole = read_samples(data)
-    kept = _chosen(samples)
+    kept, fair = _chosen(samples)
     encode, with_what = _encoder(tokenizer)
     question, answer = _template(version)
     rows = []
@@ -107,11 +110,13 @@ def _measured(
         labels.append(max(supervised - max(uncut - limit, 0), 0))  # the answer comes last, so it is what is cut
         numbers.append(images)
     every = whole and len(kept) == len(samples)
-    ordered = sorted(lengths)
+    ordered = sorted(length for index, length in zip(kept, lengths, strict=True) if index in fair)
+    longest = max(lengths)
     told = f"{len(kept)} of {len(samples)} samples" if len(kept) < len(samples) else f"{len(samples)} samples"
     behind = "" if whole else f" (the first {READ_B >> 20} MiB of the file)"
     return Lengths(
-        samples=len(samples), p50=_quantile(ordered, 0.5), p99=_quantile(ordered, 0.99), longest=ordered[-1],
+        samples=len(samples), quantiles=(*(_quantile(ordered, (n + 0.5) / QUANTILES) for n in range(QUANTILES)), longest),
+        p50=_quantile(ordered, 0.5), p99=_quantile(ordered, 0.99), longest=longest,
         labels_mean=math.ceil(sum(labels) / len(labels)), labels_most=max(labels),
         images=_quantile(sorted(numbers), 0.99), whole=every, exact=tokenizer is not None and with_what is None,
         how=f"{data.name}: {told}{behind}, {with_what or 'by the tokenizer of the model'}",
@@ -129,14 +134,17 @@ def _template(version: str) -> tuple[str, str]:
                  for text in _TEMPLATES[name])  # type: ignore[return-value]  # fmt: skip
 
 
-def _chosen(samples: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Which samples are tokenised: all of a few; of many the longest by their characters, and an even choice."""
+def _chosen(samples: Sequence[Mapping[str, Any]]) -> tuple[list[int], set[int]]:
+    """Which samples are tokenised: all of a few; of many the longest by their characters, and an even choice.
+
+    The second are those that stand for all the others: the even choice.
+    """
     if len(samples) <= ENCODED:
-        return list(range(len(samples)))
+        return list(range(len(samples))), set(range(len(samples)))
     by_size = sorted(range(len(samples)), key=lambda i: -sum(len(turn.text) for turn in turns_of(samples[i])[0]))
     step = len(samples) / (ENCODED * 2 // 3)
     even = {int(step * i) for i in range(ENCODED * 2 // 3)}
-    return sorted({*by_size[: ENCODED // 3], *even})
+    return sorted({*by_size[: ENCODED // 3], *even}), even
 
 
 def _encoder(tokenizer: Path | None) -> tuple[Any, str | None]:

@@ -65,6 +65,8 @@ class RunSetup:
     ``trainer`` is "embedded" (lorapatch.trainer), "upstream" (MGM: logits at every position) or "transformers" (a plain
     Hugging Face Trainer); ``family`` "mgm", "causal_lm" or "image_text". ``sequence`` is the longest sample of a
     micro-batch in tokens, image tokens included; ``labels`` the supervised positions of one sample; ``images`` per sample.
+    ``lengths`` are quantiles of the samples' tokens, ascending; empty where all are alike. ``allocator`` is
+    PYTORCH_CUDA_ALLOC_CONF.
     """
 
     family: str
@@ -93,6 +95,8 @@ class RunSetup:
     attention: str = "sdpa"
     model_max_length: int = 2048
     device: str = "cuda"
+    lengths: tuple[int, ...] = ()
+    allocator: str = ""
 
 
 class Tensor(NamedTuple):
@@ -108,8 +112,7 @@ class Tensor(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Breakdown:
     """The bytes of one GPU at the peak of the run; ``categories`` maps each of CATEGORIES to bytes and adds up to
-    ``allocated`` (what torch.cuda.max_memory_allocated() will say). ``events`` is every allocation (+bytes, id) and
-    release (-bytes, id) in order, for the replay of the allocator; empty for the closed form.
+    ``allocated`` (what torch.cuda.max_memory_allocated() will say).
     """
 
     way: str  # trace, closed form
@@ -119,13 +122,16 @@ class Breakdown:
     phase: str = ""  # of the peak
     operation: str = ""
     biggest: tuple[Tensor, ...] = ()
-    reserved: int | None = None  # the allocator's segments at their most
+    reserved: int | None = None  # the allocator's segments at their most; None: nothing was replayed
+    reserved_low: int | None = None  # by the order in which samples of different lengths come
+    reserved_high: int | None = None
     host: int = 0  # bytes of host RAM for offloaded states, of one rank
     total_parameters: int = 0
     trainable_parameters: int = 0
     lora_parameters: int = 0
     assumed: tuple[str, ...] = ()  # in words
     not_modelled: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries traced
     seconds: float = 0.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -23,21 +22,17 @@ _TRACED, _COUNTED, _GUESSED = 0.02, 0.12, 0.4
 # embedded trainer and by MGM with expandable segments, 1.14 to 2.2 by MGM without them.
 _RESERVED = {"upstream": (1.05, 1.3, 2.2)}
 _RESERVED_USUALLY = (1.03, 1.12, 1.25)
+_WASTEFUL = 1.1  # reserved over allocated, from where on fragmentation is what limits a micro-batch
 _MOST = 4096  # micro-batches above are not looked for
-
-
-def allocator_settings() -> dict[str, str]:
-    """What the environment says to PyTorch's allocator: the replay heeds it."""
-    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts for one card; ``fast``: by arithmetic alone."""
+    """Predicts for one card, or ``budget`` bytes of it; ``fast``: by arithmetic alone."""
 
     card: Card
     fast: bool
+    budget: int | None = None
 
     def side(self, described: Described) -> Side:
         """The run's memory. A trace that fails gives way to arithmetic, and says so."""
@@ -67,9 +62,10 @@ class Predictor:
         from lorapatch.memory.trace import trace
 
         python, gpu = described.python, self.card.traced_as
-        told = {**versions_of(python), "gpu": gpu, **allocator_settings()}
+        capacity = self._capacity(setup)
+        told = {**versions_of(python), "gpu": gpu, "capacity": str(capacity)}
         try:
-            found = remembered(setup, told, lambda: trace(setup, python=python, gpu=gpu))
+            found = remembered(setup, told, lambda: trace(setup, python=python, gpu=gpu, capacity=capacity))
         except LorapatchError as error:
             return counted, (f"the trace failed, so it is counted by the closed form: {error}",)
         return found, ()
@@ -77,23 +73,44 @@ class Predictor:
     def _reserved(self, setup: RunSetup, breakdown: Breakdown, allocated: Bytes) -> Bytes:
         ratios = _RESERVED.get(setup.trainer, _RESERVED_USUALLY)
         if breakdown.reserved is None:
-            return Bytes(*(round(bytes_ * ratio) for bytes_, ratio in zip(allocated, ratios, strict=True)))
+            each = zip(allocated, ratios, strict=True)
+            return Bytes(*(self._within(setup, bytes_, bytes_ * ratio) for bytes_, ratio in each))
         expected = max(breakdown.reserved, allocated.expected)
         over = expected / max(allocated.expected, 1)
         low, high = allocated.low * max(1.0, 1 + (over - 1) / 2), allocated.high * (1 + (over - 1) * 1.5)
-        return Bytes(round(min(low, expected)), expected, round(max(high, expected)))
+        low, high = min(low, breakdown.reserved_low or low), max(high, breakdown.reserved_high or high)
+        return Bytes(round(min(low, expected)), expected, max(self._within(setup, allocated.high, high), expected))
+
+    def _within(self, setup: RunSetup, allocated: float, reserved: float) -> int:
+        """Where room is short the allocator gives cached blocks back: more than the card is reserved only if it must."""
+        return round(min(reserved, max(self._capacity(setup), allocated * _RESERVED_USUALLY[0])))
+
+    def _capacity(self, setup: RunSetup) -> int:
+        """Bytes of the card, or of the budget, that PyTorch's allocator can have."""
+        return min(self.budget or self.card.memory, self.card.memory) - self._beside(setup).expected
 
     def _device(self, setup: RunSetup, breakdown: Breakdown, reserved: Bytes) -> Bytes:
-        overhead = self.card.overhead(distributed=setup.zero is not None or setup.gpus > 1)
         factor = correction(self.card.name, breakdown.way)
-        low, expected, high = (round((a + b) * factor) for a, b in zip(reserved, overhead, strict=True))
+        low, expected, high = (round((a + b) * factor) for a, b in zip(reserved, self._beside(setup), strict=True))
         return Bytes(low, expected, high)
 
-    def device_at(self, described: Described, micro_batch: int, *, fast: bool) -> int:
-        """Expected device memory at another micro-batch, in bytes."""
+    def _beside(self, setup: RunSetup) -> Bytes:
+        """Device memory of the process that PyTorch's allocator does not see."""
+        return self.card.overhead(distributed=setup.zero is not None or setup.gpus > 1)
+
+    def counted_at(self, described: Described, micro_batch: int, over: float | None = None) -> int:
+        """Expected device memory at another micro-batch by arithmetic, on a card that is large enough; bytes.
+
+        ``over``: what is reserved over what is allocated, by default what is usual.
+        """
         setup = replace(described.setup, micro_batch=micro_batch)
-        counted = self._counted(described, setup)
-        breakdown = counted if fast else self._traced(described, setup, counted)[0]
+        over = _RESERVED.get(setup.trainer, _RESERVED_USUALLY)[1] if over is None else over
+        return round(self._counted(described, setup).allocated * over) + self._beside(setup).expected
+
+    def traced_at(self, described: Described, micro_batch: int) -> int:
+        """Expected device memory at another micro-batch by a trace, in bytes."""
+        setup = replace(described.setup, micro_batch=micro_batch)
+        breakdown = self._traced(described, setup, self._counted(described, setup))[0]
         expected = Bytes(breakdown.allocated, breakdown.allocated, breakdown.allocated)
         return self._device(setup, breakdown, self._reserved(setup, breakdown, expected)).expected
 
@@ -103,21 +120,33 @@ def largest_micro_batch(
 ) -> int:
     """The largest micro-batch whose expected device memory is within ``budget`` bytes; 0 if none is.
 
-    Memory is affine in the micro-batch but for where the peak moves, which the closed form follows; it is corrected by
-    what ``side`` (and with ``confirm`` one more trace, at the answer) says.
+    The closed form follows how memory grows; it is corrected by how far it is off where ``side`` (and with ``confirm`` one
+    more trace, at the answer) knows better.
     """
 
-    def counted(size: int) -> int:
-        return predictor.device_at(described, size, fast=True)
-
     first = described.setup.micro_batch
-    off = side.device.expected - counted(first)
-    found = _search(lambda size: counted(size) + off <= budget)
-    if not confirm or predictor.fast or found in (0, first) or side.breakdown.way == "closed form":
+    fits = first if side.device.expected <= budget else 0
+    off = side.device.expected / predictor.counted_at(described, first)
+    found = _search(lambda size: predictor.counted_at(described, size) * off <= budget)
+    if not confirm or predictor.fast or side.breakdown.way == "closed form":
+        return max(found, fits)
+    if found not in (0, first):
+        then = predictor.traced_at(described, found) / predictor.counted_at(described, found)
+        slope = (then - off) / (found - first)
+        found = _search(lambda size: predictor.counted_at(described, size) * (off + slope * (size - first)) <= budget)
+    return _with_blocks_given_back(predictor, described, side, budget, max(found, fits))
+
+
+def _with_blocks_given_back(predictor: Predictor, described: Described, side: Side, budget: int, found: int) -> int:
+    """More than ``found``, where that much is reserved only because there is room: at most two traces tell."""
+    if side.reserved.expected < _WASTEFUL * side.allocated.expected:
         return found
-    then = predictor.device_at(described, found, fast=False) - counted(found)
-    slope = (then - off) / (found - first)
-    return _search(lambda size: counted(size) + off + slope * (size - first) <= budget)
+    off = side.allocated.expected / (predictor.counted_at(described, side.setup.micro_batch, over=1.0))
+    most = _search(lambda size: predictor.counted_at(described, size, over=_RESERVED_USUALLY[0]) * off <= budget)
+    for size in (most, (most + found) // 2):
+        if size > found and predictor.traced_at(described, size) <= budget:
+            return size
+    return found
 
 
 def _search(fits: Callable[[int], bool]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from lorapatch.errors import LorapatchError, Refused, UsageError
 from lorapatch.launch.model import Launch, Script
 from lorapatch.lora.flags import PatchOptions
 from lorapatch.lora.lint.facts import LaunchFacts, true
+from lorapatch.memory.allocator import settings
 from lorapatch.memory.architecture import Language, language_in, model_folder, read_config
 from lorapatch.memory.launched import patched_facts, with_flags
 from lorapatch.memory.lengths import Lengths, measure_lengths
@@ -138,7 +140,7 @@ class _Reader:
             use_reentrant=_reentrant(facts, habits), accumulation=_accumulation(facts), gpus=gpus, zero=zero,
             optimizer=facts.value("optim") or optimizer,
             attention=facts.value("attn_implementation") or habits.attention,
-            model_max_length=_limit(facts, habits),
+            model_max_length=_limit(facts, habits), allocator=self._allocator(facts, assumed),
         )  # fmt: skip
         setup, low, high, exact = self._with_lengths(setup, facts, language, config, assumed)
         return Described(setup, low, high, tuple(dict.fromkeys(assumed)), self._not_modelled(facts), python, sure and exact)
@@ -224,7 +226,8 @@ class _Reader:
         assumed.append(f"lengths from {lengths.how}: p50 {lengths.p50}, p99 {lengths.p99}, longest {lengths.longest}")
         images = self._images(setup, lengths)
         labels = max(min(lengths.labels(setup.micro_batch), lengths.longest), 1)
-        longest = replace(setup, sequence=lengths.longest, labels=labels, images=images)
+        longest = replace(setup, sequence=lengths.longest, labels=labels, images=images,
+                          lengths=_spread(lengths, images * image_tokens))  # fmt: skip
         median = replace(longest, sequence=lengths.p50, labels=max(min(lengths.labels_mean, lengths.p50), 1))
         if lengths.whole and lengths.exact:
             return longest, median, longest, True
@@ -260,11 +263,28 @@ class _Reader:
             found.append("FSDP: every GPU is counted as if it held the whole model")
         if true(facts.value("use_liger_kernel")):
             found.append("Liger kernels: the logits that they never make are counted")
-        name = "PYTORCH_CUDA_ALLOC_CONF"
-        own = next((str(word) for key, word in facts.launch.environment if key == name), None)
-        if own or self.script.value(f"${name}", facts.launch.start):
-            found.append(f"{name} that the script sets; export it to have it replayed")
         return tuple(found)
+
+    def _allocator(self, facts: LaunchFacts, assumed: list[str]) -> str:
+        """What the launch, the script or the environment says to PyTorch's allocator."""
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            own = next((word for key, word in facts.launch.environment if key == name), None)
+            said = own or self.script.value(f"${name}", facts.launch.start) or os.environ.get(name)
+            if not said:
+                continue
+            try:
+                settings(str(said))
+            except UsageError as error:
+                assumed.append(f"{error}; PyTorch's defaults are counted")
+                continue
+            return str(said)
+        return ""
+
+
+def _spread(lengths: Lengths, images: int) -> tuple[int, ...]:
+    """Quantiles of the samples, each with ``images`` tokens of images at least; empty where all are alike."""
+    found = tuple(max(length, images + 2) for length in lengths.quantiles)
+    return found if found[0] < found[-1] else ()
 
 
 def _config(model: Path) -> Mapping[str, Any]:

@@ -12,7 +12,9 @@ from lorapatch.tune.trial import Prediction
 __all__ = ["estimator"]
 
 
-def estimator(tuned: TunedScript, trainer_root: Path | None) -> Callable[[Configuration, bool], Prediction | None]:
+def estimator(
+    tuned: TunedScript, trainer_root: Path | None, budget_B: int
+) -> Callable[[Configuration, bool], Prediction | None]:
     """A function from a configuration to the device memory of its run: by a trace if asked for, else in closed form."""
     from lorapatch.memory.estimate import estimate
 
@@ -23,6 +25,7 @@ def estimator(tuned: TunedScript, trainer_root: Path | None) -> Callable[[Config
             tuned.patch,
             settings={name: " ".join(words) or "True" for name, words in flags.items()},
             sides=("after",),
+            budget_B=budget_B,
             trainer_root=trainer_root,
             fast=not exact,
             largest=False,

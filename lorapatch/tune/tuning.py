@@ -169,7 +169,7 @@ def tune(
         view.say(f"note: {note}")
     earlier = record.earlier_session(options.runs, tuned, goal, ladder) if options.resume else None
     folder = earlier.folder if earlier else make_folder(options.runs, "tune", tuned.path.stem)
-    predictor = Predictor(estimate or _estimator(tuned, options), earlier.predictions if earlier else None)
+    predictor = Predictor(estimate or _estimator(tuned, options, goal), earlier.predictions if earlier else None)
     session = _Session(tuned, goal, ladder, space, predictor, folder, view, lengths)
     if earlier is not None:
         session.trials, session.skipped = list(earlier.trials), list(earlier.skipped)
@@ -197,7 +197,7 @@ def preview(
     options = options or TuneOptions()
     ladder = read_ladder(options.ladder)
     tuned, checked, space, lengths = _prepare(Path(fspath(script)), goal, patch, options, ladder)
-    predictor = Predictor(estimate or _estimator(tuned, options))
+    predictor = Predictor(estimate or _estimator(tuned, options, goal))
     own = predictor(space.start)
     rungs = []
     for rung in space.rungs:
@@ -235,10 +235,10 @@ def _prepare(
     return tuned, checked, open_space(ladder, tuned.start, machine, tuned.takes), lengths
 
 
-def _estimator(tuned: TunedScript, options: TuneOptions) -> EstimateOf:
+def _estimator(tuned: TunedScript, options: TuneOptions, goal: Goal) -> EstimateOf:
     from lorapatch.tune.estimates import estimator
 
-    return estimator(tuned, options.trainer_root)
+    return estimator(tuned, options.trainer_root, goal.budget_B)
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------

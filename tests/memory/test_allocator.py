@@ -82,11 +82,11 @@ def test_expandable_segments_avoid_what_fragmentation_costs() -> None:
     assert replay(events, EXPANDABLE).peak_reserved == 160 * MIB
 
 
-def test_settings_are_read_as_torch_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_read_as_torch_reads_them() -> None:
     found = settings("expandable_segments:True,max_split_size_mb:128,roundup_power2_divisions:[256:1,>:4]")
     assert (found.expandable_segments, found.max_split_size, found.roundup_divisions) == (True, 128 * MIB, 0)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "roundup_power2_divisions:4")
-    assert settings() == AllocatorSettings(roundup_divisions=4)
+    assert settings("roundup_power2_divisions:4") == AllocatorSettings(roundup_divisions=4)
+    assert settings("", capacity=MIB) == AllocatorSettings(capacity=MIB)
     with pytest.raises(UsageError, match="is no name:value"):
         settings("expandable_segments")
     with pytest.raises(UsageError, match="max_split_size_mb:many"):

@@ -24,10 +24,11 @@ class FakeTrace:
     """Says what the closed form says, changed by ``change``; remembers what it was asked."""
 
     def __init__(self, change: Callable[[RunSetup, Breakdown], Breakdown]) -> None:
-        self.change, self.asked = change, list[RunSetup]()
+        self.change, self.asked, self.capacities = change, list[RunSetup](), list[int]()
 
-    def __call__(self, setup: RunSetup, *, python: str | None = None, gpu: str = "") -> Breakdown:
+    def __call__(self, setup: RunSetup, *, python: str | None = None, gpu: str = "", capacity: int = 0) -> Breakdown:
         self.asked.append(setup)
+        self.capacities.append(capacity)
         return self.change(setup, replace(closed_form(setup), way="trace"))
 
 

@@ -250,6 +250,30 @@ def test_modules_that_no_flag_names_are_those_in_the_trainers_source(
     assert lora is not None and (lora.r, lora.target_modules, lora.alpha) == (4, targets, alpha)
 
 
-def test_an_allocator_setting_in_the_script_is_said_not_to_be_replayed(tmp_path: Path) -> None:
-    script = text_run(tmp_path, "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python train.py")
-    assert any("PYTORCH_CUDA_ALLOC_CONF" in note for note in sides(script)["after"].not_modelled)
+@pytest.mark.parametrize(
+    "launch",
+    ["PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python train.py",
+     "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\npython train.py"],
+)  # fmt: skip
+def test_an_allocator_setting_in_the_script_is_replayed(tmp_path: Path, launch: str) -> None:
+    assert after(text_run(tmp_path, launch)).allocator == "expandable_segments:True"
+
+
+def test_an_allocator_setting_of_the_environment_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert after(text_run(tmp_path)).allocator == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments")
+    assert after(text_run(tmp_path)).allocator == ""
+    assumed = sides(text_run(tmp_path))["after"].assumed
+    assert any("is no name:value; PyTorch's defaults are counted" in note for note in assumed)
+
+
+def test_lengths_that_differ_are_kept_and_equal_ones_are_not(tmp_path: Path) -> None:
+    script = text_run(tmp_path, data_path="data.json")
+    samples = [{"text": "word " * count} for count in (10, 10, 400)]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    lengths = after(script).lengths
+    assert len(lengths) == 101 and lengths[-1] == after(script).sequence > lengths[0]
+    assert lengths == tuple(sorted(lengths))
+    (tmp_path / "data.json").write_text(json.dumps(samples[:2]))
+    assert after(script).lengths == ()

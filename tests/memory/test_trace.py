@@ -116,7 +116,7 @@ def test_a_real_run_on_the_cpu_allocates_what_the_trace_says(tmp_path: Path, cha
 
     def recorded(mode: Any) -> Recorder:
         subject = plain.build(setup)
-        subject.make_batch = lambda: {
+        subject.make_batch = lambda length: {
             name: torch.ones((2, 32), dtype=torch.long) for name in ("input_ids", "labels", "attention_mask")
         }
         return record(setup, subject, mode)

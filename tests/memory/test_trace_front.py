@@ -30,7 +30,7 @@ def refusal(*args: object, **options: object) -> str:
 
 def refusal_inside(setup: RunSetup) -> str:
     """What the traced process answers, without the process."""
-    message: str = answer({"setup": setup_to(setup), "architecture": 90})["refused"]
+    message: str = answer({"setup": setup_to(setup), "architecture": 90, "capacity": None})["refused"]
     assert "\n" not in message
     return message
 

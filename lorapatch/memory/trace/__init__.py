@@ -24,15 +24,23 @@ COMPUTE_CAPABILITY = {
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
 
-def trace(setup: RunSetup, *, python: str | None = None, timeout_s: float = 600, gpu: str = "H200") -> Breakdown:
+def trace(
+    setup: RunSetup,
+    *,
+    python: str | None = None,
+    timeout_s: float = 600,
+    gpu: str = "H200",
+    capacity: int | None = None,
+) -> Breakdown:
     """Trace two optimizer steps of ``setup`` with the libraries of ``python`` (this interpreter's without it).
 
     No weights are read and no GPU is touched. ``gpu`` names the card as in COMPUTE_CAPABILITY (an unknown one counts as
-    an A100). PYTORCH_CUDA_ALLOC_CONF is heeded. Raises Refused with one sentence: no such interpreter, a library that
-    it lacks, a model that cannot be built, or more than ``timeout_s`` seconds.
+    an A100), ``capacity`` is what the allocator may reserve of it in bytes (None: as much as it likes). Raises Refused with
+    one sentence: no such interpreter, a library that it lacks, a model that cannot be built, or more than ``timeout_s``
+    seconds.
     """
     interpreter = python or sys.executable
-    question = {"setup": setup_to(setup), "architecture": COMPUTE_CAPABILITY.get(gpu, 80)}
+    question = {"setup": setup_to(setup), "architecture": COMPUTE_CAPABILITY.get(gpu, 80), "capacity": capacity}
     try:
         ended = subprocess.run(
             [interpreter, "-m", __name__], input=json.dumps(question), capture_output=True, text=True,

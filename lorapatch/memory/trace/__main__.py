@@ -29,7 +29,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     try:
         from lorapatch.memory.trace.run import measure
 
-        return {"breakdown": breakdown_to(measure(setup, question["architecture"]))}
+        return {"breakdown": breakdown_to(measure(setup, question["architecture"], question["capacity"]))}
     except LorapatchError as error:
         return {"refused": str(error)}
     except ImportError as error:

@@ -32,6 +32,7 @@ def setup_from(written: Mapping[str, Any]) -> RunSetup:
     for name, kind in (("lora", LoraSetup), ("zero", Zero)):
         if values[name] is not None:
             values[name] = kind(**values[name])
+    values["lengths"] = tuple(values["lengths"])
     return RunSetup(**values)
 
 
@@ -44,6 +45,6 @@ def breakdown_from(written: Mapping[str, Any]) -> Breakdown:
     """The breakdown that :func:`breakdown_to` wrote."""
     values = dict(written)
     values["biggest"] = tuple(Tensor(n, tuple(shape), *rest) for n, shape, *rest in values["biggest"])
-    for name in ("assumed", "not_modelled"):
+    for name in ("assumed", "not_modelled", "advice"):
         values[name] = tuple(values[name])
     return Breakdown(**values)

@@ -65,6 +65,7 @@ class Recorder(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []
         self.live = self.peak = self.peak_event = 0
         self.phases: dict[str, int] = {}
+        self.marks: list[tuple[str, int, int]] = []  # what begins, of which length, with which event
         self.host_live = self.host_peak = 0
         self.phase = "load"
         self.category = "activations"
@@ -115,6 +116,10 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self.stream = before
+
+    def mark(self, kind: str, length: int = 0) -> None:
+        """From the next event on it is ``kind`` ("inputs", "micro-batch", "step"), of ``length`` tokens a sample."""
+        self.marks.append((kind, length, len(self.events)))
 
     def empty_cache(self) -> None:
         """torch.cuda.empty_cache()."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,16 +24,22 @@ from lorapatch.memory.trace.engines.zero3 import Zero3Engine
 from lorapatch.memory.trace.fake import swap
 from lorapatch.memory.trace.recorder import Record, Recorder
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
+from lorapatch.memory.trace.varied import Reserved, Traced, reserved, short_length
 
 __all__ = ["measure", "trace_subject"]
 
 STEPS = 2  # optimizer states exist from the end of the first step on
 BIGGEST = 5
+WASTEFUL = 1.1  # reserved over allocated from where on advice is worth its line
+GIB = 1 << 30
 NOT_MODELLED = ("workspaces of convolutions and of sorting kernels",)
 
 
-def measure(setup: RunSetup, architecture: int) -> Breakdown:
-    """Two optimizer steps of the run ``setup`` describes; raises Refused or the trainer's own error."""
+def measure(setup: RunSetup, architecture: int, capacity: int | None = None) -> Breakdown:
+    """Two optimizer steps of the run ``setup`` describes; raises Refused or the trainer's own error.
+
+    ``capacity``: bytes that the allocator may reserve before it gives cached blocks back.
+    """
     started = time.monotonic()
     subject = _subject(setup)
     recorder = trace_subject(subject, setup, architecture)
@@ -41,6 +48,7 @@ def measure(setup: RunSetup, architecture: int) -> Breakdown:
     categories = dict.fromkeys(CATEGORIES, 0)
     for record in peak:
         categories[_category(record, subject)] += record.nbytes
+    reserved, advice = _reserved(recorder, setup, capacity)
     biggest = sorted(peak, key=lambda record: -record.nbytes)[:BIGGEST]
     assumed = [*subject.assumed]
     if recorder.questions:
@@ -55,15 +63,41 @@ def measure(setup: RunSetup, architecture: int) -> Breakdown:
         phase=at.phase,
         operation=at.operation,
         biggest=tuple(BigTensor(r.nbytes, r.shape, str(r.dtype).removeprefix("torch."), r.phase, r.operation) for r in biggest),
-        reserved=recorder.allocator.peak_reserved,
+        reserved=reserved.expected,
+        reserved_low=reserved.low,
+        reserved_high=reserved.high,
         host=recorder.host_peak,
         total_parameters=subject.total,
         trainable_parameters=subject.trainable,
         lora_parameters=subject.lora,
         assumed=tuple(assumed),
+        advice=advice,
         not_modelled=(*NOT_MODELLED, *subject.not_modelled),
         versions={name: version for name in ("torch", "transformers", "peft") if (version := _version(name))},
         seconds=time.monotonic() - started,
+    )
+
+
+def _reserved(recorder: Recorder, setup: RunSetup, capacity: int | None) -> tuple[Reserved, tuple[str, ...]]:
+    """Over micro-batches of all lengths, on a card of that capacity (as recorded where neither matters); advice."""
+    once = recorder.allocator.peak_reserved
+    short = short_length(setup.lengths, setup.micro_batch)
+    limit = capacity if capacity is not None and recorder.peak <= capacity else None  # what is too large stays as it is
+    if short is None and (limit is None or once <= limit):
+        return Reserved(once, once, once), ()
+    made_by = [(r.operation, r.phase, r.dtype, len(r.shape)) for r in recorder.records]
+    traced = Traced(recorder.events, recorder.marks, recorder.streams, made_by)
+    lengths = setup.lengths if short is not None else ()
+    options = settings(setup.allocator, limit)
+    found = reserved(traced, lengths, setup.micro_batch, options)
+    if options.expandable_segments or found.expected <= WASTEFUL * recorder.peak:
+        return found, ()
+    better = reserved(traced, lengths, setup.micro_batch, replace(options, expandable_segments=True), orders=1).expected
+    if better * WASTEFUL > found.expected:
+        return found, ()
+    return found, (
+        f"samples of different lengths fragment the allocator's memory: {found.expected / GIB:.2f} GiB are reserved for "
+        f"{recorder.peak / GIB:.2f}; with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True it would be {better / GIB:.2f}",
     )
 
 
@@ -103,7 +137,7 @@ def trace_subject(subject: Subject, setup: RunSetup, architecture: int, mode: An
 
     ``mode`` makes its tensors (a FakeTensorMode without it; under nullcontext they are real, and empty at first).
     """
-    recorder = Recorder(CachingAllocator(settings()))
+    recorder = Recorder(CachingAllocator(settings(setup.allocator)))
     mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
     recorder.computes_known = isinstance(mode, FakeTensorMode)
     with mode, recorder, cuda_kernels(recorder):
@@ -145,17 +179,22 @@ def _train(subject: Subject, setup: RunSetup, engine: Any, recorder: Recorder, w
     recorder.keep(workspace, "cuBLAS")  # one for the thread of the forward pass, one for the engine's
     recorder.keep(workspace, "cuBLAS")
     count = max(setup.accumulation, 1)
+    short = short_length(setup.lengths, setup.micro_batch) or setup.sequence
     for step in range(STEPS):
         micro_batches = min(count, 2) if step else 1  # the first step only has to make the states
-        held = [_inputs(subject, recorder) for _ in range(count if subject.batches_at_once else 0)]
+        length = setup.sequence if step else short
+        recorder.mark("inputs", length)
+        held = [_inputs(subject, recorder, length) for _ in range(count if subject.batches_at_once else 0)]
         for number in range(micro_batches):
-            batch = held[number] if held else _inputs(subject, recorder)
+            recorder.mark("micro-batch", length)
+            batch = held[number] if held else _inputs(subject, recorder, length)
             recorder.phase = "forward"
             loss = _loss(subject, batch, low)
             del batch
             recorder.phase = "backward"
             engine.backward(loss, boundary=number == micro_batches - 1)
             del loss
+        recorder.mark("step")
         recorder.phase = "step"
         recorder.phases["step"] = max(recorder.phases.get("step", 0), recorder.live)
         engine.step()
@@ -176,7 +215,7 @@ def _wide(value: Any) -> Any:
     return value.float() if low else value
 
 
-def _inputs(subject: Subject, recorder: Recorder) -> dict[str, Tensor]:
+def _inputs(subject: Subject, recorder: Recorder, length: int) -> dict[str, Tensor]:
     recorder.phase = "forward"
     with recorder.of("activations"):
-        return subject.make_batch()
+        return subject.make_batch(length)

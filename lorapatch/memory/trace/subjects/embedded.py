@@ -63,7 +63,7 @@ def build(setup: RunSetup) -> Subject:
         model=wrapped,
         towers=model.towers,
         tensors=[(model, "pixel_scale")],
-        make_batch=lambda: _batch(setup, model),
+        make_batch=lambda length: _batch(setup, length, model),
         forward=lambda module, batch: module(**batch),
         vocabulary=int(config.vocab_size),
         total=total + sum(count(tower)[0] for tower in model.towers),
@@ -124,13 +124,13 @@ def _choose_trainable(model: Any, setup: RunSetup) -> Any:
     return wrapped
 
 
-def _batch(setup: RunSetup, model: Any) -> dict[str, Tensor]:
-    """What ``Collator`` gives for ``micro_batch`` samples of the setup's length, on the GPU."""
-    samples, length = setup.micro_batch, setup.sequence
+def _batch(setup: RunSetup, length: int, model: Any) -> dict[str, Tensor]:
+    """What ``Collator`` gives for ``micro_batch`` samples of that length, on the GPU; what they lack is of the answers."""
+    samples = setup.micro_batch
     count = samples * setup.images
     seen = min(model.clip.grid**2 * setup.images, length) * samples
     size = setup.image_size_aux if model.aux is not None else model.clip.image_size
-    labels = min(setup.labels, length) * samples
+    labels = max(min(setup.labels, length) - (setup.sequence - length), 1) * samples
     return {
         "input_ids": torch.empty((samples, length), dtype=torch.long),
         "images": torch.empty((max(count, 1), 3, size, size), dtype=torch.uint8),

@@ -49,7 +49,7 @@ def build(setup: RunSetup) -> Subject:
     total, trainable, lora = plain.count(model)
     return Subject(
         model=model,
-        make_batch=lambda: _batch(setup, pixels, config),
+        make_batch=lambda length: _batch(setup, length, pixels, config),
         forward=_forward,
         vocabulary=int(config.get_text_config().vocab_size),
         total=total,
@@ -76,8 +76,8 @@ def _pixels(config: Any, setup: RunSetup) -> dict[str, Any]:
     return {"shape": (count, 3, size, size), "grid": None, "said": f"images are {size} x {size} pixels"}
 
 
-def _batch(setup: RunSetup, pixels: dict[str, Any], config: Any) -> dict[str, Tensor]:
-    shape = (setup.micro_batch, setup.sequence)
+def _batch(setup: RunSetup, length: int, pixels: dict[str, Any], config: Any) -> dict[str, Tensor]:
+    shape = (setup.micro_batch, length)
     batch = {name: torch.empty(shape, dtype=torch.long) for name in ("input_ids", "labels", "attention_mask")}
     batch["pixel_values"] = torch.empty(pixels["shape"], dtype=torch.float32)
     if config.model_type == "paligemma":

@@ -40,7 +40,7 @@ def build(setup: RunSetup) -> Subject:
     total, trainable, lora = count(model)
     return Subject(
         model=model,
-        make_batch=lambda: _batch(setup),
+        make_batch=lambda length: _batch(setup, length),
         forward=_forward,
         vocabulary=int(config.get_text_config().vocab_size if hasattr(config, "get_text_config") else config.vocab_size),
         total=total,
@@ -165,8 +165,8 @@ def count(model: nn.Module) -> tuple[int, int, int]:
     )
 
 
-def _batch(setup: RunSetup) -> dict[str, Tensor]:
-    shape = (setup.micro_batch, setup.sequence)
+def _batch(setup: RunSetup, length: int) -> dict[str, Tensor]:
+    shape = (setup.micro_batch, length)
     return {name: torch.empty(shape, dtype=torch.long) for name in ("input_ids", "labels", "attention_mask")}
 
 

@@ -16,12 +16,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class Subject:
-    """``make_batch`` and ``forward`` (which gives an output with a ``loss``) run under the trace; ``model`` is what the
-    engine gets, ``towers`` stand beside it.
+    """``make_batch(tokens of a sample)`` and ``forward`` (which gives an output with a ``loss``) run under the trace;
+    ``model`` is what the engine gets, ``towers`` stand beside it.
     """
 
     model: nn.Module
-    make_batch: Callable[[], dict[str, Tensor]]
+    make_batch: Callable[[int], dict[str, Tensor]]
     forward: Callable[[nn.Module, dict[str, Tensor]], Any]
     vocabulary: int
     total: int

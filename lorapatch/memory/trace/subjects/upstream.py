@@ -49,7 +49,7 @@ def build(setup: RunSetup) -> Subject:
     total, trainable, lora = count(model)
     return Subject(
         model=model,
-        make_batch=lambda: _batch(setup, model),
+        make_batch=lambda length: _batch(setup, length, model),
         forward=lambda module, batch: module(batch),
         vocabulary=int(config.vocab_size),
         total=total,
@@ -154,13 +154,13 @@ def _projector(kind: str, width: int, hidden: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def _batch(setup: RunSetup, model: _Upstream) -> dict[str, Tensor]:
+def _batch(setup: RunSetup, length: int, model: _Upstream) -> dict[str, Tensor]:
     """Images come to the GPU as float32, and DeepSpeed's run makes them 16 bits wide beside that."""
     clip: Any = model.clip.config
     clip_size = int(clip.image_size)
     grid = clip_size // int(clip.patch_size)
     count = setup.micro_batch * setup.images
-    text = max(setup.sequence - setup.images * grid * grid, 2)
+    text = max(length - setup.images * grid * grid, 2)
     batch = {
         "input_ids": torch.empty((setup.micro_batch, text), dtype=torch.long),
         "labels": torch.empty((setup.micro_batch, text), dtype=torch.long),
