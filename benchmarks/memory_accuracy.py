@@ -284,7 +284,7 @@ def measure(options: argparse.Namespace) -> int:
     gpus = len(Gpus())
     for run in chosen(options):
         if run.gpus > gpus:
-            print(f"{run.name} is left out: it takes {run.gpus} GPUs, and there are {gpus}", flush=True)
+            print(f"{run.name} is left out: GPUs that it takes: {run.gpus}, that are here: {gpus}", flush=True)
     runs = [run for run in chosen(options) if run.name in predictions and run.gpus <= gpus]
     samples = json.loads(options.data.read_text(encoding="utf-8"))
     if not (options.work / "zoo/parameters.json").is_file():

@@ -12,6 +12,7 @@ import threading
 import time
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers", "numpy")
+GPU = int(os.environ.get("LOCAL_RANK", "0"))  # torch's current device is each thread's own
 
 
 def _run_hidden() -> None:
@@ -31,9 +32,9 @@ def _say() -> None:
     line = {
         "lorapatch": "observer",
         "rank": os.environ.get("RANK", "0"),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "peak_allocated_B": torch.cuda.max_memory_allocated() if cuda else None,
-        "peak_reserved_B": torch.cuda.max_memory_reserved() if cuda else None,
+        "gpu": torch.cuda.get_device_name(GPU) if cuda else None,
+        "peak_allocated_B": torch.cuda.max_memory_allocated(GPU) if cuda else None,
+        "peak_reserved_B": torch.cuda.max_memory_reserved(GPU) if cuda else None,
         "device_used_B": max(_most["device"], _device_used() or 0) or None if cuda else None,
         "host_tensors_B": _most["host"] or None,
         "host_peak_B": _host_peak(),
@@ -88,12 +89,11 @@ def _host_peak() -> int | None:
 
 def _device_used() -> int | None:
     """Bytes of the GPU that this process has now, as NVML counts them by process."""
-    torch = sys.modules["torch"]
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        handle = pynvml.nvmlDeviceGetHandleByIndex(GPU)
         mine = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
     except (ImportError, pynvml.NVMLError):
         return None
