@@ -5,9 +5,11 @@
     python benchmarks/memory_accuracy.py measure --work W --upstream MGM --upstream-path OLD    # needs a GPU
 
 Every configuration is a launch script of its own (``W/scripts/NAME.sh``): ``lorapatch.estimate`` reads it, and bash runs
-it. Every sample is the longest of the data, so that each micro-batch is the one that makes the peak. ``measure`` refuses
-to run what has no prediction, and packs as many runs on the card at once as their predictions allow: memory is
-counted by process. True size, random weights; upstream (MGM, unmodified) runs with the packages that it pins.
+it. Every sample is the longest of the data, so that each micro-batch is the one that makes the peak; the runs called
+mixed have the samples as they are. ``measure`` refuses to run what has no prediction, leaves out what takes more GPUs
+than there are, and packs as many runs on the card at once as their predictions allow: memory is counted by process, and
+of several processes it is rank 0's that is compared. What was measured before stays in ``measured.json``. True size,
+random weights; upstream (MGM, unmodified) runs with the packages that it pins.
 """
 
 from __future__ import annotations
@@ -27,40 +29,44 @@ from pathlib import Path
 from typing import Any
 
 import upstream
+from plain_models import MODELS, tiny
 
 import lorapatch
+from lorapatch.run.gpus import Gpus
 from lorapatch.run.log import Announcement, LogParser, Metrics
 from lorapatch.run.options import free_port
 
 HERE = Path(__file__).resolve().parent
 CONFIGURATIONS = Path(lorapatch.__file__).parent / "demo/toolkit/training/scripts"
 GIB = 1 << 30
-LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 2048,
-    "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
-    "max_position_embeddings": 2048, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-QWEN2 = {
-    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 152064, "hidden_size": 3584,
-    "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-    "max_position_embeddings": 32768, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration: ``trainer`` lorapatch, upstream or text; ``flags`` beside the usual ones."""
+    """One configuration: ``trainer`` lorapatch, upstream or plain; ``flags`` beside the usual ones.
+
+    ``deepspeed`` names a configuration of the demo's, ``model`` one of plain_models.py, ``data`` a file that prepare writes.
+    """
 
     name: str
     trainer: str
     micro_batch: int
-    zero: int | None = 2
+    deepspeed: str | None = "zero2"
     lora: bool = True
     flags: dict[str, Any] = field(default_factory=dict)
     model: str = ""
+    gpus: int = 1
+    data: str = "samples.json"
+
+    @property
+    def offloads(self) -> bool:
+        return self.deepspeed is not None and "offload" in self.deepspeed
 
 
 NO_CHECKPOINTS = {"gradient_checkpointing": False}
+SEQUENCE = {"sequence": 1024}
+MORE_STEPS = {"max_steps": 20}
+MIXED = "samples_mixed.json"
 RUNS = [
     Run("lora-1", "lorapatch", 1),
     Run("lora-4", "lorapatch", 4),
@@ -70,10 +76,10 @@ RUNS = [
     Run("full-16", "lorapatch", 16, lora=False),
     Run("lora-4-no-checkpointing", "lorapatch", 4, flags=NO_CHECKPOINTS),
     Run("lora-16-no-checkpointing", "lorapatch", 16, flags=NO_CHECKPOINTS),
-    Run("lora-4-zero3", "lorapatch", 4, zero=3),
-    Run("full-1-zero3", "lorapatch", 1, zero=3, lora=False),
-    Run("lora-4-no-zero", "lorapatch", 4, zero=None),
-    Run("lora-16-no-zero", "lorapatch", 16, zero=None),
+    Run("lora-4-zero3", "lorapatch", 4, deepspeed="zero3"),
+    Run("full-1-zero3", "lorapatch", 1, deepspeed="zero3", lora=False),
+    Run("lora-4-no-zero", "lorapatch", 4, deepspeed=None),
+    Run("lora-16-no-zero", "lorapatch", 16, deepspeed=None),
     Run("lora-4-4bit", "lorapatch", 4, flags={"bits": 4}),
     Run("lora-1-4bit", "lorapatch", 1, flags={"bits": 4}),
     Run("lora-4-8bit", "lorapatch", 4, flags={"bits": 8}),
@@ -81,15 +87,33 @@ RUNS = [
     Run("upstream-lora-4", "upstream", 4),
     Run("upstream-lora-16", "upstream", 16),
     Run("upstream-full-1", "upstream", 1, lora=False),
-    Run("llama-1b-lora-4", "text", 4, zero=None, model="llama-1b", flags={"sequence": 1024}),
-    Run("llama-1b-full-4", "text", 4, zero=None, lora=False, model="llama-1b", flags={"sequence": 1024}),
-    Run("qwen2-7b-lora-2", "text", 2, zero=None, model="qwen2-7b", flags={"sequence": 1024}),
-    Run("qwen2-7b-lora-2-zero2", "text", 2, zero=2, model="qwen2-7b", flags={"sequence": 1024}),
+    Run("llama-1b-lora-4", "plain", 4, deepspeed=None, model="llama-1b", flags=SEQUENCE),
+    Run("llama-1b-full-4", "plain", 4, deepspeed=None, lora=False, model="llama-1b", flags=SEQUENCE),
+    Run("qwen2-7b-lora-2", "plain", 2, deepspeed=None, model="qwen2-7b", flags=SEQUENCE),
+    Run("qwen2-7b-lora-2-zero2", "plain", 2, model="qwen2-7b", flags=SEQUENCE),
+    Run("llava-7b-lora-2", "plain", 2, deepspeed=None, model="llava-7b", flags=SEQUENCE),
+    Run("llava-7b-lora-2-zero2", "plain", 2, model="llava-7b", flags=SEQUENCE),
+    Run("paligemma-3b-lora-4", "plain", 4, deepspeed=None, model="paligemma-3b", flags={"sequence": 512}),
+    Run("qwen2-vl-2b-lora-2", "plain", 2, deepspeed=None, model="qwen2-vl-2b", flags=SEQUENCE),
+    Run("lora-4-offload", "lorapatch", 4, deepspeed="zero2_offload"),
+    Run("full-1-offload", "lorapatch", 1, deepspeed="zero2_offload", lora=False),
+    Run("lora-4-zero3-offload", "lorapatch", 4, deepspeed="zero3_offload"),
+    Run("full-1-zero3-offload", "lorapatch", 1, deepspeed="zero3_offload", lora=False),
+    Run("lora-4-2gpus", "lorapatch", 4, gpus=2),
+    Run("full-1-2gpus", "lorapatch", 1, lora=False, gpus=2),
+    Run("lora-4-zero3-2gpus", "lorapatch", 4, deepspeed="zero3", gpus=2),
+    Run("full-1-zero3-2gpus", "lorapatch", 1, deepspeed="zero3", lora=False, gpus=2),
+    Run("qwen2-7b-lora-2-zero3-2gpus", "plain", 2, deepspeed="zero3", model="qwen2-7b", flags=SEQUENCE, gpus=2),
+    Run("llama-1b-full-4-2gpus", "plain", 4, deepspeed=None, lora=False, model="llama-1b", flags=SEQUENCE, gpus=2),
+    Run("lora-4-mixed", "lorapatch", 4, flags=MORE_STEPS, data=MIXED),
+    Run("upstream-lora-1-mixed", "upstream", 1, flags=MORE_STEPS, data=MIXED),
+    Run("upstream-lora-4-mixed", "upstream", 4, flags=MORE_STEPS, data=MIXED),
+    Run("upstream-lora-16-mixed", "upstream", 16, flags=MORE_STEPS, data=MIXED),
 ]
 
 
 def prepare(options: argparse.Namespace) -> int:
-    """The longest sample many times, the folders' configurations and tokenizer, and a script for each run."""
+    """The samples, the folders' configurations and tokenizer, and a script for each run."""
     samples = json.loads(options.data.read_text(encoding="utf-8"))
     work = options.work
     (work / "scripts").mkdir(parents=True, exist_ok=True)
@@ -97,11 +121,13 @@ def prepare(options: argparse.Namespace) -> int:
     if not (folders / "LLM/gemma/gemma-2b-it/tokenizer.json").is_file():
         _configurations(folders, samples, options.size)
     longest = max(samples, key=lambda sample: _tokens(folders, sample))
-    many = [{**longest, "id": str(number)} for number in range(512)]
-    (work / "samples.json").write_text(json.dumps(many), encoding="utf-8")
-    for name, config in (("llama-1b", LLAMA), ("qwen2-7b", QWEN2)):
+    for name, repeated in (("samples.json", [longest]), (MIXED, samples)):
+        many = [{**repeated[number % len(repeated)], "id": str(number)} for number in range(512)]
+        (work / name).write_text(json.dumps(many), encoding="utf-8")
+    for name, config in MODELS.items():
         (folders / name).mkdir(exist_ok=True)
-        (folders / name / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        written = tiny(config) if options.size == "tiny" else config
+        (folders / name / "config.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
     for run in chosen(options):
         (work / "scripts" / f"{run.name}.sh").write_text(script(options, run), encoding="utf-8")
     print(f"{len(chosen(options))} scripts in {work / 'scripts'}")
@@ -142,16 +168,19 @@ def chosen(options: argparse.Namespace) -> list[Run]:
 
 def script(options: argparse.Namespace, run: Run) -> str:
     """The launch as somebody would write it."""
-    words = _text_words(options, run) if run.trainer == "text" else _mgm_words(options, run)
+    words = _plain_words(options, run) if run.trainer == "plain" else _mgm_words(options, run)
     launch = " \\\n    ".join(words)
     return f"#!/bin/bash\n# {run.name}\n{launch}\n"
 
 
 def _launcher(run: Run, *trainer: str) -> list[str]:
-    if run.zero is None:
-        return [f"{shlex.quote(sys.executable)} {' '.join(trainer)}"]
-    module = " ".join(trainer).replace("-m ", "--module ")
-    return [f'deepspeed --num_gpus 1 --master_port "$MASTER_PORT" {module}']
+    words = " ".join(trainer)
+    if run.deepspeed is not None:
+        module = words.replace("-m ", "--module ")
+        return [f'deepspeed --num_gpus {run.gpus} --master_port "$MASTER_PORT" {module}']
+    if run.gpus > 1:
+        return [f'torchrun --nproc_per_node {run.gpus} --master_port "$MASTER_PORT" {words}']
+    return [f"{shlex.quote(sys.executable)} {words}"]
 
 
 def _mgm_words(options: argparse.Namespace, run: Run) -> list[str]:
@@ -159,11 +188,12 @@ def _mgm_words(options: argparse.Namespace, run: Run) -> list[str]:
     words = upstream.flags(options, pair)
     values = dict(zip(words[::2], words[1::2], strict=True))
     values["--output_dir"] = str(options.work / "runs" / run.name)
+    values["--data_path"] = str(options.work / run.data)
     values |= {f"--{name}": str(value) for name, value in run.flags.items()}
-    if run.zero is None:
+    if run.deepspeed is None:
         del values["--deepspeed"]
     else:
-        values["--deepspeed"] = str(CONFIGURATIONS / f"zero{run.zero}.json")
+        values["--deepspeed"] = str(CONFIGURATIONS / f"{run.deepspeed}.json")
     if not run.lora:
         values = {name: value for name, value in values.items() if not name.startswith("--lora")}
     trainer = ["-m", "lorapatch.trainer.train"]
@@ -172,7 +202,7 @@ def _mgm_words(options: argparse.Namespace, run: Run) -> list[str]:
     return [*_launcher(run, *trainer), *(f"{name} {shlex.quote(value)}" for name, value in values.items())]
 
 
-def _text_words(options: argparse.Namespace, run: Run) -> list[str]:
+def _plain_words(options: argparse.Namespace, run: Run) -> list[str]:
     values: dict[str, Any] = {
         "model_name_or_path": options.work / "zoo" / run.model,
         "output_dir": options.work / "runs" / run.name,
@@ -185,11 +215,11 @@ def _text_words(options: argparse.Namespace, run: Run) -> list[str]:
         "logging_steps": 1,
         "gradient_checkpointing": True,
         "report_to": "none",
-        **({"deepspeed": CONFIGURATIONS / f"zero{run.zero}.json"} if run.zero is not None else {}),
+        **({"deepspeed": CONFIGURATIONS / f"{run.deepspeed}.json"} if run.deepspeed is not None else {}),
         **({"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1} if run.lora else {}),
         **run.flags,
     }
-    trainer = _launcher(run, shlex.quote(str(HERE / "text_trainer.py")))
+    trainer = _launcher(run, shlex.quote(str(HERE / "plain_trainer.py")))
     return [*trainer, *(f"--{name} {shlex.quote(str(value))}" for name, value in values.items())]
 
 
@@ -212,7 +242,7 @@ def _predict(options: argparse.Namespace, run: Run) -> dict[str, Any]:
     sides = ["after" if run.lora else "before"]
     command = [sys.executable, "-m", "lorapatch.cli", "estimate", str(options.work / "scripts" / f"{run.name}.sh")]
     command += ["--json", "--gpu", options.gpu, *(["--python", python] if python else [])]
-    if run.trainer == "text":
+    if run.trainer == "plain":
         command += ["--seq", str(run.flags["sequence"])]
     started = time.monotonic()
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -224,7 +254,10 @@ def _predict(options: argparse.Namespace, run: Run) -> dict[str, Any]:
 
 
 class Card:
-    """The GPU's memory, shared out among the runs by what each is predicted to take."""
+    """The first GPU's memory, shared out among the runs by what each is predicted to take.
+
+    A run of several GPUs takes as much of each of the others, and no other run is there: the first is the fullest.
+    """
 
     def __init__(self, free_B: float, slots: int) -> None:
         self.free, self.slots = free_B, slots
@@ -248,7 +281,11 @@ class Card:
 def measure(options: argparse.Namespace) -> int:
     """Make the weights, run what is predicted, the largest first; ``measured.json`` and the table."""
     predictions = json.loads((options.work / "predictions.json").read_text())
-    runs = [run for run in chosen(options) if run.name in predictions]
+    gpus = len(Gpus())
+    for run in chosen(options):
+        if run.gpus > gpus:
+            print(f"{run.name} is left out: GPUs that it takes: {run.gpus}, that are here: {gpus}", flush=True)
+    runs = [run for run in chosen(options) if run.name in predictions and run.gpus <= gpus]
     samples = json.loads(options.data.read_text(encoding="utf-8"))
     if not (options.work / "zoo/parameters.json").is_file():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # its GPU memory is gone with it
@@ -258,8 +295,8 @@ def measure(options: argparse.Namespace) -> int:
     card = Card(options.card * GIB, options.jobs)
     sizes = {run.name: _size(predictions[run.name], options.card) for run in runs}
     runs.sort(key=lambda run: -sizes[run.name])
-    measured: dict[str, Any] = {}
     path = options.work / "measured.json"
+    measured = json.loads(path.read_text()) if path.is_file() else {}
 
     def one(run: Run) -> None:
         card.take(sizes[run.name])
@@ -284,8 +321,12 @@ def _size(prediction: dict[str, Any], card_GiB: float) -> float:
 def _measure(options: argparse.Namespace, run: Run) -> dict[str, Any]:
     log = options.work / "logs" / f"{run.name}.log"
     environment = upstream.environment(options, upstream.Run(run.trainer, run.micro_batch, 2))
-    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "2"}
-    if run.zero is None:
+    environment |= {
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "8" if run.offloads else "2",  # the optimizer's step is the CPU's
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(run.gpus))),  # a plain Trainer takes all that it sees
+    }
+    if run.deepspeed is None and run.gpus == 1:
         environment["OBSERVE_PYTHON"] = "1"
     started = time.monotonic()
     with log.open("wb") as file:
@@ -293,12 +334,15 @@ def _measure(options: argparse.Namespace, run: Run) -> dict[str, Any]:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     shutil.rmtree(options.work / "runs" / run.name, ignore_errors=True)
     found: dict[str, Any] = {"exit": code, "seconds": round(time.monotonic() - started, 1), "losses": []}
-    parser = LogParser()
+    parser, ranks = LogParser(), []
     for event in (*parser.feed(log.read_bytes()), *parser.close()):
         if isinstance(event, Metrics) and "loss" in event.values:
             found["losses"].append(event.values["loss"])
         elif isinstance(event, Announcement) and event.kind == "observer":
-            found |= event.data
+            ranks.append(event.data)
+    for rank in ranks:
+        if rank["rank"] == "0":  # is what the prediction is compared with
+            found |= {**rank, "largest_device_used_B": max(other["device_used_B"] or 0 for other in ranks)}
     return found
 
 
@@ -306,11 +350,17 @@ def row(run: Run, prediction: dict[str, Any], measured: dict[str, Any]) -> str:
     """A line of the table: predicted, measured and error of allocated, reserved and device."""
     cells = [run.name]
     for name, key in (("allocated", "peak_allocated_B"), ("reserved", "peak_reserved_B"), ("device", "device_used_B")):
-        guess = _expected(prediction[name]) if name in prediction else None
-        real = measured.get(key)
-        error = f"{100 * (guess - real) / real:+.2f} %" if guess and real else "n/a"
-        cells += [f"{value / GIB:.3f}" if value else "n/a" for value in (guess, real)] + [error]
-    return f"| {' | '.join(cells)} | {len(measured.get('losses', []))} steps, exit {measured.get('exit')} |"
+        cells += _compared(_expected(prediction[name]) if name in prediction else None, measured.get(key))
+    end = f"{len(measured.get('losses', []))} steps, exit {measured.get('exit')}"
+    if run.gpus > 1:
+        end += f", largest device {(measured.get('largest_device_used_B') or 0) / GIB:.3f}"
+    return f"| {' | '.join(cells)} | {end} |"
+
+
+def _compared(guess: float | None, real: float | None) -> list[str]:
+    """Predicted and measured bytes in GiB, and how far the first is off."""
+    error = f"{100 * (guess - real) / real:+.2f} %" if guess and real else "n/a"
+    return [f"{value / GIB:.3f}" if value else "n/a" for value in (guess, real)] + [error]
 
 
 def table(options: argparse.Namespace) -> int:
@@ -322,9 +372,20 @@ def table(options: argparse.Namespace) -> int:
     for run in RUNS:
         if run.name in measured:
             print(row(run, predictions[run.name], measured[run.name]))
-    for line in peers(options, predictions, measured):
+    for line in (*hosts(predictions, measured), *peers(options, predictions, measured)):
         print(line)
     return 0
+
+
+def hosts(predictions: dict[str, Any], measured: dict[str, Any]) -> list[str]:
+    """What the runs that offload have in the CPU's memory: predicted, all tensors' bytes, and the whole process's peak."""
+    lines = ["", "| run | host tensors GiB | measured | error | VmHWM |", "|" + " --- |" * 5]
+    for run in RUNS:
+        if run.offloads and run.name in measured:
+            real = measured[run.name]
+            cells = _compared(predictions[run.name].get("host"), real.get("host_tensors_B"))
+            lines.append(f"| {run.name} | {' | '.join(cells)} | {(real.get('host_peak_B') or 0) / GIB:.3f} |")
+    return lines if len(lines) > 3 else []
 
 
 def peers(options: argparse.Namespace, predictions: dict[str, Any], measured: dict[str, Any]) -> list[str]:
@@ -345,16 +406,18 @@ def _with_error(guess: float | None, real: int) -> str:
 
 
 def _deepspeed(run: Run, total: int) -> float | None:
-    """What DeepSpeed's own estimators answer for a model of ``total`` parameters on one GPU."""
+    """What DeepSpeed's own estimators answer for a model of ``total`` parameters, for each GPU."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-    if run.zero is None:
+    if run.deepspeed is None:
         return None
-    one = {"num_gpus_per_node": 1, "num_nodes": 1, "cpu_offload": False}
-    if run.zero == 2:
-        return float(estimate_zero2_model_states_mem_needs(total, **one)[1])
-    return float(estimate_zero3_model_states_mem_needs(total, 256_000 * 2048, cpu_offload_params=False, **one)[1])
+    same = {"num_gpus_per_node": run.gpus, "num_nodes": 1, "cpu_offload": run.offloads}
+    if run.deepspeed.startswith("zero2"):
+        return float(estimate_zero2_model_states_mem_needs(total, **same)[1])
+    language = MODELS.get(run.model, {"vocab_size": 256_000, "hidden_size": 2048})
+    largest = language["vocab_size"] * language["hidden_size"]  # the embedding
+    return float(estimate_zero3_model_states_mem_needs(total, largest, cpu_offload_params=run.offloads, **same)[1])
 
 
 def _accelerate(total: int) -> float:
@@ -366,7 +429,7 @@ def _accelerate(total: int) -> float:
 
 def _closed_form(options: argparse.Namespace, run: Run) -> float | None:
     command = [sys.executable, "-m", "lorapatch.cli", "estimate", str(options.work / "scripts" / f"{run.name}.sh")]
-    command += ["--json", "--fast", *(["--seq", str(run.flags["sequence"])] if run.trainer == "text" else [])]
+    command += ["--json", "--fast", *(["--seq", str(run.flags["sequence"])] if run.trainer == "plain" else [])]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         return None

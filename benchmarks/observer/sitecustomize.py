@@ -1,6 +1,7 @@
 """Put on PYTHONPATH, it makes any trainer say at its end what memory it used, in one JSON line; it changes nothing."""
 
 import atexit
+import gc
 import importlib.machinery
 import importlib.metadata
 import importlib.util
@@ -11,6 +12,7 @@ import threading
 import time
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers", "numpy")
+GPU = int(os.environ.get("LOCAL_RANK", "0"))  # torch's current device is each thread's own
 
 
 def _run_hidden() -> None:
@@ -30,35 +32,68 @@ def _say() -> None:
     line = {
         "lorapatch": "observer",
         "rank": os.environ.get("RANK", "0"),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "peak_allocated_B": torch.cuda.max_memory_allocated() if cuda else None,
-        "peak_reserved_B": torch.cuda.max_memory_reserved() if cuda else None,
-        "device_used_B": max(_most[0], _device_used() or 0) or None if cuda else None,
+        "gpu": torch.cuda.get_device_name(GPU) if cuda else None,
+        "peak_allocated_B": torch.cuda.max_memory_allocated(GPU) if cuda else None,
+        "peak_reserved_B": torch.cuda.max_memory_reserved(GPU) if cuda else None,
+        "device_used_B": max(_most["device"], _device_used() or 0) or None if cuda else None,
+        "host_tensors_B": _most["host"] or None,
+        "host_peak_B": _host_peak(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
-    print("\n" + json.dumps(line), flush=True)
+    print(f"\n{json.dumps(line)}\n", end="", flush=True)  # in one piece, as other ranks write here, too
 
 
 def _watch() -> None:
     """Note what this process has of the GPU while it trains: at its end NCCL may have given its part back."""
+    hooked = False
     while True:
         time.sleep(0.5)
         torch = sys.modules.get("torch")
         if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
-            _most[0] = max(_most[0], _device_used() or 0)
+            _most["device"] = max(_most["device"], _device_used() or 0)
+        register = getattr(sys.modules.get("torch.optim.optimizer"), "register_optimizer_step_post_hook", None)
+        if register is not None and not hooked:
+            register(_note_host)
+            hooked = True
 
 
-_most = [0]
+_most = {"device": 0, "host": 0}
+
+
+def _note_host(*_: object) -> None:
+    """Note the bytes of the CPU's tensors and their gradients, each storage once.
+
+    The thread that trains calls it behind an optimizer's step: then its states are there, and no activation is, whose end
+    the list of all objects would put off.
+    """
+    storages = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), sys.modules["torch"].Tensor):  # isinstance would wake objects that load lazily
+            try:
+                tensors = (found, found.grad if found.is_leaf else None)
+                kept = [t.untyped_storage() for t in tensors if t is not None and t.device.type == "cpu"]
+                storages.update({storage.data_ptr(): storage.nbytes() for storage in kept})
+            except Exception:  # one without a storage: it has none to count, and the training goes on
+                continue
+    _most["host"] = max(_most["host"], sum(storages.values()))
+
+
+def _host_peak() -> int | None:
+    """Bytes of memory that this process has had at most, of whatever kind."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
 
 
 def _device_used() -> int | None:
     """Bytes of the GPU that this process has now, as NVML counts them by process."""
-    torch = sys.modules["torch"]
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        handle = pynvml.nvmlDeviceGetHandleByIndex(GPU)
         mine = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
     except (ImportError, pynvml.NVMLError):
         return None
