@@ -57,6 +57,7 @@ class Run:
     model: str = ""
     gpus: int = 1
     data: str = "samples.json"
+    allocator: str = ""  # PYTORCH_CUDA_ALLOC_CONF
 
     @property
     def offloads(self) -> bool:
@@ -67,6 +68,7 @@ NO_CHECKPOINTS = {"gradient_checkpointing": False}
 SEQUENCE = {"sequence": 1024}
 MORE_STEPS = {"max_steps": 20}
 MIXED = "samples_mixed.json"
+EXPANDABLE = "expandable_segments:True"
 RUNS = [
     Run("lora-1", "lorapatch", 1),
     Run("lora-4", "lorapatch", 4),
@@ -109,6 +111,8 @@ RUNS = [
     Run("upstream-lora-1-mixed", "upstream", 1, flags=MORE_STEPS, data=MIXED),
     Run("upstream-lora-4-mixed", "upstream", 4, flags=MORE_STEPS, data=MIXED),
     Run("upstream-lora-16-mixed", "upstream", 16, flags=MORE_STEPS, data=MIXED),
+    Run("upstream-lora-4-mixed-expandable", "upstream", 4, flags=MORE_STEPS, data=MIXED, allocator=EXPANDABLE),
+    Run("upstream-lora-16-mixed-expandable", "upstream", 16, flags=MORE_STEPS, data=MIXED, allocator=EXPANDABLE),
 ]
 
 
@@ -170,6 +174,8 @@ def script(options: argparse.Namespace, run: Run) -> str:
     """The launch as somebody would write it."""
     words = _plain_words(options, run) if run.trainer == "plain" else _mgm_words(options, run)
     launch = " \\\n    ".join(words)
+    if run.allocator:
+        launch = f"export PYTORCH_CUDA_ALLOC_CONF={run.allocator}\n{launch}"
     return f"#!/bin/bash\n# {run.name}\n{launch}\n"
 
 

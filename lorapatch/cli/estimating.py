@@ -255,7 +255,8 @@ def _calibrate(python: str | None, as_json: bool) -> None:
         click.echo(json.dumps({"schema": 1, **found.as_dict()}, indent=1))
         return
     click.echo(f"{found.gpu}, torch {found.torch}: kept for the estimates to come")
-    for name, size in (("CUDA context", found.context), ("NCCL", found.nccl), ("cuBLAS workspace", found.workspace)):
+    for name, size in (("CUDA context", found.context), ("NCCL", found.nccl), ("  a further group", found.communicator),
+                       ("cuBLAS workspace", found.workspace)):  # fmt: skip
         click.echo(f"    {name:18} {'not measured' if size is None else f'{size / (1 << 20):,.0f} MiB'}")
 
 

@@ -96,7 +96,9 @@ class Predictor:
 
     def _beside(self, setup: RunSetup) -> Bytes:
         """Device memory of the process that PyTorch's allocator does not see."""
-        return self.card.overhead(distributed=setup.zero is not None or setup.gpus > 1)
+        stage = setup.zero.stage if setup.zero is not None else 3  # DistributedDataParallel has one group, as ZeRO-3
+        communicators = 0 if setup.zero is None and setup.gpus == 1 else 1 if stage == 3 else 2
+        return self.card.overhead(communicators=communicators)
 
     def counted_at(self, described: Described, micro_batch: int, over: float | None = None) -> int:
         """Expected device memory at another micro-batch by arithmetic, on a card that is large enough; bytes.

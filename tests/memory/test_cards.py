@@ -42,9 +42,10 @@ def test_an_unknown_card_is_a_usage_error_that_lists_them() -> None:
 
 def test_nccl_counts_only_where_a_launcher_sets_it_up() -> None:
     card = card_called("H200")
-    alone, together = (card.overhead(distributed=many) for many in (False, True))
-    assert alone.expected == card.context and together.expected == card.context + card.nccl
-    assert together.low < together.expected < together.high
+    alone, zero3, zero2 = (card.overhead(communicators=many) for many in range(3))
+    assert alone.expected == card.context and zero3.expected == card.context + card.nccl
+    assert zero2.expected == zero3.expected + card.communicator
+    assert zero2.low < zero2.expected < zero2.high
 
 
 def test_every_card_has_a_name_that_the_trace_knows_or_its_own() -> None:
@@ -78,7 +79,7 @@ def test_the_card_here_has_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_was_measured_counts_for_that_card_and_torch_alone() -> None:
-    save_calibration(card_called("L4"), "2.11.0", context=111, nccl=None, workspace=33)
+    save_calibration(card_called("L4"), "2.11.0", context=111, nccl=None, communicator=None, workspace=33)
     found = card_called("L4", "2.11.0+cu130")
     assert (found.context, found.nccl, found.workspace, found.measured) == (111, card_called("L4").nccl, 33, True)
     assert not card_called("L4", "2.4.0").measured and not card_called("T4", "2.11.0").measured
@@ -100,9 +101,9 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("with_gpu")
 def test_calibrating_keeps_what_the_probe_says(tmp_path: Path) -> None:
-    answer = json.dumps({"torch": "2.11.0+cu130", "context": 300, "workspace": 40, "nccl": 700})
+    answer = json.dumps({"torch": "2.11.0+cu130", "context": 300, "workspace": 40, "nccl": 700, "communicator": -3})
     found = calibrating.calibrate(fake_python(tmp_path, f"assert sys.argv[-1] == '5'\nprint('noise')\nprint({answer!r})"))
-    assert (found.gpu, found.torch, found.context, found.nccl, found.workspace) == ("L4", "2.11.0", 300, 700, 40)
+    assert found == calibrating.Calibration("L4", "2.11.0", 300, 700, 0, 40)
     assert card_called("NVIDIA L4", "2.11.0").context == 300
 
 
@@ -168,5 +169,5 @@ def test_a_correction_reaches_the_estimate(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    save_calibration(card_called("L4"), "2.11.0", context=1, nccl=1, workspace=1)
+    save_calibration(card_called("L4"), "2.11.0", context=1, nccl=1, communicator=1, workspace=1)
     assert isinstance(card_called("L4", "2.11.0"), Card) and not card_called("L4", "2.11.0").measured

@@ -109,7 +109,7 @@ def test_what_is_wrong_is_one_sentence_and_its_exit_code(
 
 
 def test_calibrating_prints_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = calibrating.Calibration("L4", "2.11.0", 300 << 20, None, 16 << 20)
+    found = calibrating.Calibration("L4", "2.11.0", 300 << 20, None, None, 16 << 20)
     monkeypatch.setattr(calibrating, "calibrate", lambda python: found)
     ended = run("--calibrate")
     assert "L4, torch 2.11.0" in ended.output and "300 MiB" in ended.output and "not measured" in ended.output
