@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 from tiny_runs import IMAGE_TEXT, ZERO2, ZERO3, folder, mgm_run, text_run, true_mgm_run  # noqa: E402
 
 from lorapatch.memory.model import CATEGORIES, LoraSetup, RunSetup  # noqa: E402
+from lorapatch.memory.trace.engines.zero3 import Zero3Engine  # noqa: E402
 from lorapatch.memory.trace.recorder import Recorder  # noqa: E402
 from lorapatch.memory.trace.run import measure, trace_subject  # noqa: E402
 from lorapatch.memory.trace.subjects import embedded, plain, upstream  # noqa: E402
@@ -164,6 +165,35 @@ def test_several_gpus_hold_a_share_each(tmp_path: Path) -> None:
     parts = [measure(text_run(tmp_path, method="full", lora=None, zero=ZERO3, gpus=n), 90) for n in (1, 4)]
     assert parts[1].categories["trainable_weights"] < parts[0].categories["trainable_weights"] / 2
     assert parts[1].categories["master_copies"] == pytest.approx(parts[0].categories["master_copies"] / 4, abs=2048)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "pretrain"])
+@pytest.mark.parametrize("changes", [{"gpus": 2}, {"zero": replace(ZERO3, offload_param=True, offload_optimizer=True)}])
+def test_the_embedded_trainers_projectors_are_gathered_whole(tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
+    lora = LoraSetup(r=4) if method == "lora" else None
+    found = measure(mgm_run(tmp_path, **{"zero": ZERO3, "method": method, "lora": lora} | changes), 90)
+    assert sum(found.categories.values()) == found.allocated
+
+
+def test_a_leaf_gathers_for_its_children_and_is_reduced_when_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pair(torch.nn.Sequential):
+        pass
+
+    order: list[str] = []
+    monkeypatch.setattr(Zero3Engine, "_reduce_leaf", lambda *_: order.append("leaf"))
+    leaf, before = Pair(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)), torch.nn.Linear(16, 16)
+    with Recorder() as recorder:
+        engine = Zero3Engine(recorder, torch.nn.Sequential(before, leaf), text_run(tmp_path, zero=ZERO3, gpus=2), (Pair,))
+        assert not any(linear._forward_pre_hooks or linear._backward_hooks for linear in leaf)
+        shapes: list[Any] = []
+        leaf.register_forward_pre_hook(lambda *_: shapes.append([tuple(p.shape) for p in leaf.parameters()]))
+        leaf[0].register_full_backward_hook(lambda *_: order.append("its first child"))
+        leaf(before(torch.ones(1, 16))).sum().backward()
+        engine.close()
+    assert shapes == [[(16, 16), (16,), (16, 16), (16,)]]
+    assert order == ["its first child", "leaf"]
 
 
 @pytest.mark.parametrize(("bits", "width"), [(4, 0.5), (8, 1)])

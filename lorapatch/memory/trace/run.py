@@ -149,7 +149,7 @@ def trace_subject(subject: Subject, setup: RunSetup, architecture: int, mode: An
         for holder, name in subject.tensors:
             value = getattr(holder, name)
             object.__setattr__(holder, name, torch.empty(value.shape, dtype=value.dtype))
-        engine = _engine(subject.model, setup, recorder)
+        engine = _engine(subject, setup, recorder)
         gc.collect()
         _train(subject, setup, engine, recorder, cublas_workspace(architecture))
         engine.close()
@@ -166,12 +166,12 @@ def _load(modules: list[nn.Module], recorder: Recorder, mode: Any) -> None:
         record.operation = "load"
 
 
-def _engine(model: nn.Module, setup: RunSetup, recorder: Recorder) -> Any:
+def _engine(subject: Subject, setup: RunSetup, recorder: Recorder) -> Any:
     if setup.zero is None or setup.zero.stage == 0:
-        return PlainEngine(recorder, model, setup)
+        return PlainEngine(recorder, subject.model, setup)
     if setup.zero.stage == 3:
-        return Zero3Engine(recorder, model, setup)
-    return ZeroEngine(recorder, model, setup)
+        return Zero3Engine(recorder, subject.model, setup, subject.leaves)
+    return ZeroEngine(recorder, subject.model, setup)
 
 
 def _train(subject: Subject, setup: RunSetup, engine: Any, recorder: Recorder, workspace: int) -> None:
