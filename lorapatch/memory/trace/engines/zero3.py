@@ -61,11 +61,11 @@ class Zero3Engine:
         self.waiting: list[Tensor] = []
         self.filled = 0
         self.kept += [when_accumulated(p, self._hook) for p in self.learning if id(p) not in self.late]
-        self.optimizer = optimizers.make(setup.optimizer, recorder, [[m] for m in self.masters])
+        self.optimizer = optimizers.make(setup.optimizer, recorder, [[m] for m in self.masters], on_cpu=host)
 
     def _watch_leaf(self, leaf: nn.Module) -> Any:
         """Its gradients wait until its backward pass is over (create_reduce_and_remove_grad_hooks)."""
-        parameters = [p for p in leaf.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in leaf.parameters() if p.requires_grad]
         self.late.update(id(p) for p in parameters)
         return leaf.register_full_backward_hook(functools.partial(self._reduce_leaf, parameters))
 
