@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lorapatch.memory.activations import FIRST_GEMMA, bridge_saved, logits_bytes, saved_by_layer, seeing, working_on_layer
 from lorapatch.memory.model import CATEGORIES, Breakdown, RunSetup, Tensor
 from lorapatch.memory.parameters import Parts, parts_of
+from lorapatch.memory.zero import said_of_host
 
 __all__ = ["closed_form"]
 
@@ -47,7 +48,7 @@ def closed_form(setup: RunSetup, workspace: int = 0, transformers: str = "") -> 
         total_parameters=parts.total,
         trainable_parameters=parts.trainable,
         lora_parameters=parts.lora,
-        assumed=parts.notes,
+        assumed=(*parts.notes, *said_of_host(states.host_step, states.host)),
         not_modelled=("temporaries of single kernels", "fragmentation, but for a ratio"),
     )
 
@@ -73,6 +74,7 @@ class _States:
     gathered_head: float  # ZeRO-3's whole weights while the loss is computed, and while a layer runs
     gathered_layer: float
     host: float
+    host_step: float  # what the step adds to that
 
 
 def element(setup: RunSetup) -> int:
@@ -100,26 +102,40 @@ def _states(setup: RunSetup, parts: Parts, transformers: str) -> _States:
         bucket *= 2 if zero.overlap_comm and stage < 3 else 1
     elif ranks > 1:
         bucket = weight * learning
-    host = head = layer = 0.0
+    host = host_step = head = layer = 0.0
     if zero is not None and stage == 3:
         frozen = frozen / ranks + _whole_towers(setup, parts, e) * (1 - 1 / ranks)
         head, layer = _gathered(setup, parts, e)
         flat, temporary = (min(value, 4.0 * _SUB_GROUP) for value in (flat, temporary))
         weights = e * share
         if zero.offload_param:
-            host += frozen + weights
-            frozen, weights = _whole_towers(setup, parts, e), 0.0
+            kept = _whole_towers(setup, parts, e)
+            host += frozen - kept + weights
+            frozen, weights = kept, 0.0
     else:
         weights = weight * learning
+    if setup.optimizer.startswith("paged"):
+        host, states = host + states, 0.0
     if zero is not None and zero.offload_optimizer and stage:
-        host += master + states + 4 * share + e * share
+        host += master + states + 4 * share + e * share  # the 16-bit ones: parameters (ZeRO-3: gradients) on their way
+        if stage < 3:  # the way of one gradient, and with accumulation all of them
+            largest = e * _largest(setup, parts)
+            host, buffers = host + largest + (e * share if setup.accumulation > 1 else 0), buffers + largest
+        host_step = 2 * temporary if setup.optimizer == "adamw_torch" else 0.0  # parameter after parameter: two at once
         master = states = flat = temporary = 0.0
         gradient = e * learning if stage == 1 else 0.0
     if zero is None and weight == 4 and e == 2:
         buffers += 2 * learning  # autocast keeps its casts of the weights until the pass is over
     held = {"frozen_weights": frozen, "trainable_weights": weights, "master_copies": master, "optimizer_states": states,
             "buffers": buffers}  # fmt: skip
-    return _States(held, gradient, bucket, flat + temporary, head, layer, host)
+    return _States(held, gradient, bucket, flat + temporary, head, layer, host, host_step)
+
+
+def _largest(setup: RunSetup, parts: Parts) -> int:
+    """Elements of the largest tensor that learns."""
+    hidden = parts.language.hidden
+    pair = max((setup.lora.r * max(x.inputs, x.outputs) for x in parts.targets), default=0) if setup.lora else 0
+    return max(pair, hidden**2 if setup.family == "mgm" else 0, parts.language.embedding if setup.method == "full" else 0)
 
 
 def _weight_without_deepspeed(setup: RunSetup) -> int:

@@ -138,7 +138,7 @@ class _Reader:
             double_quant=true(facts.value("double_quant") or "True"), quant_type=facts.value("quant_type") or "nf4",
             dtype=config_dtype, gradient_checkpointing=true(facts.value("gradient_checkpointing")),
             use_reentrant=_reentrant(facts, habits), accumulation=_accumulation(facts), gpus=gpus, zero=zero,
-            optimizer=facts.value("optim") or optimizer,
+            optimizer=optimizer,
             attention=facts.value("attn_implementation") or habits.attention,
             model_max_length=_limit(facts, habits), allocator=self._allocator(facts, assumed),
         )  # fmt: skip
@@ -164,15 +164,17 @@ class _Reader:
     def _deepspeed(
         self, facts: LaunchFacts, language: Language, habits: Habits, assumed: list[str]
     ) -> tuple[Zero | None, str, str]:
-        """ZeRO, the type that is computed in, and the optimizer when no flag names one."""
+        """ZeRO, the type that is computed in, and the optimizer."""
         asked = "bf16" if true(facts.value("bf16")) else "fp16" if true(facts.value("fp16")) else "fp32"
         config = self._deepspeed_config(facts, assumed)
+        optimizer = facts.value("optim") or habits.optimizer
         if config is None:
-            return None, asked, habits.optimizer
-        optimizer = habits.optimizer
-        if isinstance(config.get("optimizer"), dict):  # DeepSpeed makes it itself: FusedAdam, which needs no temporaries
-            optimizer = "adamw_torch_fused"
-        return read_zero(config, language.hidden), runs_in(config, asked), optimizer
+            return None, asked, optimizer
+        zero = read_zero(config, language.hidden)
+        own = isinstance(config.get("optimizer"), dict)  # DeepSpeed makes it itself, or accelerate DeepSpeed's for the CPU
+        if own or (zero.offload_optimizer and "adam" in optimizer and config.get("zero_force_ds_cpu_optimizer", True)):
+            optimizer = "adamw_torch_fused"  # needs no temporaries, as FusedAdam and DeepSpeedCPUAdam do not
+        return zero, runs_in(config, asked), optimizer
 
     def _deepspeed_config(self, facts: LaunchFacts, assumed: list[str]) -> Mapping[str, Any] | None:
         value = facts.value("deepspeed", "deepspeed_config")

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapatch.memory.model import Zero
 
-__all__ = ["read_zero", "runs_in"]
+__all__ = ["read_zero", "runs_in", "said_of_host"]
 
 
 def read_zero(config: Mapping[str, Any], hidden: int | None) -> Zero:
@@ -60,3 +60,10 @@ def runs_in(config: Mapping[str, Any], asked: str) -> str:
         if isinstance(part, dict) and part.get("enabled") is True:
             return name
     return asked
+
+
+def said_of_host(step: float, held: float) -> tuple[str, ...]:
+    """What is said of ``step`` bytes of host memory that an optimizer on the CPU takes beside the ``held`` ones."""
+    if step * 100 < held or not step:
+        return ()
+    return (f"while the optimizer steps on the CPU it takes {step / (1 << 30):.2f} GiB more of host memory",)

@@ -59,10 +59,10 @@ def test_offloaded_states_are_on_the_host(run: RunSetup) -> None:
     here = closed_form(replace(run, zero=Zero(2, reduce_bucket_size=1000)))
     away = closed_form(replace(run, zero=Zero(2, reduce_bucket_size=1000, offload_optimizer=True)))
     assert away.categories["master_copies"] == away.categories["optimizer_states"] == 0
-    assert (here.host, away.host) == (0, (4 + 8 + 4 + 2) * PARAMETERS)
+    assert (here.host, away.host) == (0, (4 + 8 + 4 + 2) * PARAMETERS + 2 * 1000 * 64)
     assert away.allocated < here.allocated
     whole = closed_form(replace(run, zero=Zero(3, reduce_bucket_size=1000, offload_optimizer=True, offload_param=True)))
-    assert whole.categories["trainable_weights"] == 0 and whole.host == away.host + 2 * PARAMETERS
+    assert whole.categories["trainable_weights"] == 0 and whole.host == 20 * PARAMETERS
 
 
 def test_checkpoints_and_logits_are_counted_to_the_byte(run: RunSetup) -> None:

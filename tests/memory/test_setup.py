@@ -167,6 +167,16 @@ def test_auto_in_the_deepspeed_file_is_what_transformers_makes_of_it(tmp_path: P
     assert setup.zero.param_persistence_threshold == 640
 
 
+def test_deepspeeds_optimizer_takes_the_place_of_adam_on_the_cpu_unless_it_may_not(tmp_path: Path) -> None:
+    zero = {**ZERO2["zero_optimization"], "offload_optimizer": {"device": "cpu"}}  # type: ignore[dict-item]
+    found = {}
+    for forced in (True, False):
+        write_json(tmp_path / "zero.json", {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": forced})
+        script = text_run(tmp_path, "deepspeed --num_gpus 1 train.py", deepspeed="zero.json", optim="adamw_torch")
+        found[forced] = after(script).optimizer
+    assert found == {True: "adamw_torch_fused", False: "adamw_torch"}
+
+
 def test_offload_and_an_optimizer_of_deepspeeds_are_read(tmp_path: Path) -> None:
     zero = {**ZERO2["zero_optimization"], "offload_optimizer": {"device": "cpu"}}  # type: ignore[dict-item]
     write_json(tmp_path / "zero.json", {"zero_optimization": zero, "optimizer": {"type": "AdamW"}})

@@ -49,12 +49,14 @@ class Optimizer:
         """In place, one kernel over all of them: nothing is allocated."""
 
 
-class _Foreach(Optimizer):
-    """torch.optim.AdamW as it is installed, by its ``foreach`` way (its temporaries differ by version)."""
+class _Torch(Optimizer):
+    """torch.optim.AdamW as it is installed (its temporaries differ by version): all parameters at once by its ``foreach``
+    way on the GPU, one after the other on the CPU.
+    """
 
-    def __init__(self, recorder: Recorder, groups: list[list[Tensor]]) -> None:
+    def __init__(self, recorder: Recorder, groups: list[list[Tensor]], foreach: bool) -> None:
         super().__init__(recorder, groups)
-        self.real = torch.optim.AdamW([{"params": g} for g in groups if g], lr=1e-4, weight_decay=0.0, foreach=True)
+        self.real = torch.optim.AdamW([{"params": g} for g in groups if g], lr=1e-4, weight_decay=0.0, foreach=foreach)
         self.all_groups = self.real.param_groups
 
     def step(self, group: int | None = None) -> None:
@@ -121,8 +123,11 @@ class _Adafactor(Optimizer):
             del gradient, update
 
 
-def make(name: str, recorder: Recorder, groups: list[list[Tensor]]) -> Optimizer:
-    """The optimizer that transformers calls ``name``; an unknown one is AdamW (see :func:`assumption`)."""
+def make(name: str, recorder: Recorder, groups: list[list[Tensor]], on_cpu: bool = False) -> Optimizer:
+    """The optimizer that transformers calls ``name``; an unknown one is AdamW (see :func:`assumption`).
+
+    ``on_cpu``: where what it steps lies.
+    """
     if name in _FUSED:
         return Optimizer(recorder, groups)
     if name == "adamw_hf":
@@ -136,4 +141,4 @@ def make(name: str, recorder: Recorder, groups: list[list[Tensor]]) -> Optimizer
         return _States(recorder, groups, count, _PAGED[name], host=True)
     if name in _ONE_STATE:
         return _States(recorder, groups, _ONE_STATE[name], None, host=False)
-    return _Foreach(recorder, groups)
+    return _Torch(recorder, groups, foreach=not on_cpu)

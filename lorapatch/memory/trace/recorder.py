@@ -66,7 +66,7 @@ class Recorder(TorchDispatchMode):
         self.live = self.peak = self.peak_event = 0
         self.phases: dict[str, int] = {}
         self.marks: list[tuple[str, int, int]] = []  # what begins, of which length, with which event
-        self.host_live = self.host_peak = 0
+        self.host_live = self.host_peak = self.host_held = 0  # held: when the run is over
         self.phase = "load"
         self.category = "activations"
         self.stream = ""
@@ -78,6 +78,7 @@ class Recorder(TorchDispatchMode):
         self._anys: set[int] = set()  # storages that hold an ``any``
         self._known: dict[int, tuple[Any, int]] = {}
         self._on_host = False
+        self._uncounted = False
         self._scalars_on_host = False
         self._operation = "load"
 
@@ -91,8 +92,17 @@ class Recorder(TorchDispatchMode):
             self._on_host = before
 
     @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is made inside is nowhere: the run never has it."""
+        self._uncounted = True
+        try:
+            yield
+        finally:
+            self._uncounted = False
+
+    @contextlib.contextmanager
     def scalars_on_host(self) -> Iterator[None]:
-        """Single numbers made inside (an optimizer's step counters) lie in host memory."""
+        """Single numbers made inside (an optimizer's step counters) lie in host memory: too little to count."""
         self._scalars_on_host = True
         try:
             yield
@@ -135,9 +145,9 @@ class Recorder(TorchDispatchMode):
             return
         storage = _storage(tensor)
         nbytes = storage.nbytes()
-        if nbytes == 0:
+        if nbytes == 0 or self._uncounted or (self._scalars_on_host and tensor.dim() == 0):
             return
-        if self._on_host or (self._scalars_on_host and tensor.dim() == 0):
+        if self._on_host:
             self._add_on_host(storage, key, nbytes)
             return
         number = self._allocate(nbytes, tuple(tensor.shape), tensor.dtype, category)

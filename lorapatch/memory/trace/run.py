@@ -3,6 +3,7 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
 import time
@@ -19,12 +20,13 @@ from lorapatch.memory.model import Tensor as BigTensor
 from lorapatch.memory.trace import optimizers
 from lorapatch.memory.trace.cuda import autocast, cublas_workspace, cuda_kernels
 from lorapatch.memory.trace.engines.plain import PlainEngine
-from lorapatch.memory.trace.engines.zero import ZeroEngine, on_device
+from lorapatch.memory.trace.engines.zero import ZeroEngine
 from lorapatch.memory.trace.engines.zero3 import Zero3Engine
 from lorapatch.memory.trace.fake import swap
 from lorapatch.memory.trace.recorder import Record, Recorder
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 from lorapatch.memory.trace.varied import Reserved, Traced, reserved, short_length
+from lorapatch.memory.zero import said_of_host
 
 __all__ = ["measure", "trace_subject"]
 
@@ -55,6 +57,7 @@ def measure(setup: RunSetup, architecture: int, capacity: int | None = None) -> 
         assumed.append("no sample is padded or packed (the masks were not looked at)")
     if said := optimizers.assumption(setup.optimizer):
         assumed.append(said)
+    assumed += said_of_host(recorder.host_peak - recorder.host_held, recorder.host_held)
     return Breakdown(
         way="trace",
         categories=categories,
@@ -66,7 +69,7 @@ def measure(setup: RunSetup, architecture: int, capacity: int | None = None) -> 
         reserved=reserved.expected,
         reserved_low=reserved.low,
         reserved_high=reserved.high,
-        host=recorder.host_peak,
+        host=recorder.host_held,
         total_parameters=subject.total,
         trainable_parameters=subject.trainable,
         lora_parameters=subject.lora,
@@ -143,15 +146,20 @@ def trace_subject(subject: Subject, setup: RunSetup, architecture: int, mode: An
     with mode, recorder, cuda_kernels(recorder):
         zero = setup.zero
         partitioned = zero is not None and zero.stage == 3 and (setup.gpus > 1 or zero.offload_param)
-        with on_device(recorder, not partitioned):  # zero.Init hands out shares while the model is made
+        # zero.Init hands out shares of each parameter as soon as it is made: the whole model is nowhere
+        with recorder.uncounted() if partitioned else contextlib.nullcontext():
             _load([subject.model], recorder, mode)
+        if partitioned:
+            for buffer in subject.model.buffers():
+                recorder.add(buffer, "buffers")
         _load(subject.towers, recorder, mode)
         for holder, name in subject.tensors:
             value = getattr(holder, name)
             object.__setattr__(holder, name, torch.empty(value.shape, dtype=value.dtype))
-        engine = _engine(subject.model, setup, recorder)
+        engine = _engine(subject, setup, recorder)
         gc.collect()
         _train(subject, setup, engine, recorder, cublas_workspace(architecture))
+        recorder.host_held = recorder.host_live
         engine.close()
     return recorder
 
@@ -166,12 +174,12 @@ def _load(modules: list[nn.Module], recorder: Recorder, mode: Any) -> None:
         record.operation = "load"
 
 
-def _engine(model: nn.Module, setup: RunSetup, recorder: Recorder) -> Any:
+def _engine(subject: Subject, setup: RunSetup, recorder: Recorder) -> Any:
     if setup.zero is None or setup.zero.stage == 0:
-        return PlainEngine(recorder, model, setup)
+        return PlainEngine(recorder, subject.model, setup)
     if setup.zero.stage == 3:
-        return Zero3Engine(recorder, model, setup)
-    return ZeroEngine(recorder, model, setup)
+        return Zero3Engine(recorder, subject.model, setup, subject.leaves)
+    return ZeroEngine(recorder, subject.model, setup)
 
 
 def _train(subject: Subject, setup: RunSetup, engine: Any, recorder: Recorder, workspace: int) -> None:

@@ -3,13 +3,14 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorapatch.memory.model import Zero
+from lorapatch.memory.trace.engines.zero import on_device
 from lorapatch.memory.trace.recorder import Recorder
 
 __all__ = ["Gatherer"]
@@ -21,10 +22,13 @@ class Gatherer:
     """Every parameter of ``model`` becomes a share; modules gather theirs before they run and let go of them after.
 
     The first micro-batch records the order of the modules. From then on what comes next is fetched ahead
-    (``prefetch_bucket_size`` elements), and what is used again soon is kept.
+    (``prefetch_bucket_size`` elements), and what is used again soon is kept. A module of a class in ``leaves`` gathers all
+    that is below it, and its children nothing (deepspeed/utils/z3_leaf_module.py).
     """
 
-    def __init__(self, recorder: Recorder, model: nn.Module, zero: Zero, ranks: int) -> None:
+    def __init__(
+        self, recorder: Recorder, model: nn.Module, zero: Zero, ranks: int, leaves: tuple[type[nn.Module], ...] = ()
+    ) -> None:
         self.recorder, self.zero, self.ranks = recorder, zero, ranks
         self.parameters = list(model.parameters())
         self.shapes = {id(p): p.shape for p in self.parameters}
@@ -35,25 +39,29 @@ class Gatherer:
         self.complete = False
         self.at = 0
         self._partition()
-        self.handles = [handle for module in model.modules() for handle in self._watch(module)]
+        self.leaves = leaves
+        self.handles = [handle for module in self._watched(model) for handle in self._watch(module)]
 
     def _partition(self) -> None:
         for p in self.parameters:
             size = p.numel()
             category = "trainable_weights" if p.requires_grad else "frozen_weights"
             share = -(-size // self.ranks)
-            with self.recorder.of(category):
-                if self.zero.offload_param and size > self.zero.param_persistence_threshold:
-                    with self.recorder.host():
-                        self.shares.append(torch.empty(share, dtype=p.dtype))
-                else:
-                    self.shares.append(torch.empty(share, dtype=p.dtype))
+            # made before anything counts as persistent: those shares lie in host memory, too
+            with self.recorder.of(category), on_device(self.recorder, not self.zero.offload_param):
+                self.shares.append(torch.empty(share, dtype=p.dtype))
             persists = size <= self.zero.param_persistence_threshold
             p.data = torch.empty(p.shape if persists else 0, dtype=p.dtype)
 
+    def _watched(self, module: nn.Module) -> Iterator[nn.Module]:
+        yield module
+        if not isinstance(module, self.leaves):
+            for child in module.children():
+                yield from self._watched(child)
+
     def _watch(self, module: nn.Module) -> list[Any]:
-        limit = self.zero.param_persistence_threshold
-        own: list[Tensor] = [p for p in module.parameters(recurse=False) if self._size(p) > limit]
+        limit, whole = self.zero.param_persistence_threshold, isinstance(module, self.leaves)
+        own: list[Tensor] = [p for p in module.parameters(recurse=whole) if self._size(p) > limit]
         if not own:
             return []
         return [

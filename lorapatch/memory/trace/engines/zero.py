@@ -27,6 +27,7 @@ class ZeroEngine:
         assert setup.zero is not None
         self.zero: Zero = setup.zero
         self.recorder, self.ranks = recorder, setup.gpus
+        self.accumulates = setup.accumulation > 1
         self.groups = decay_groups(model)
         self.dtype = self.groups[0][0].dtype
         self.flats, self.masters = [], []
@@ -47,7 +48,7 @@ class ZeroEngine:
         self.boundary = False
         self.first_micro_batch = True
         self.kept = [when_accumulated(p, self._hook) for group in self.groups for p in group]
-        self.optimizer = optimizers.make(setup.optimizer, recorder, [[m] for m in self.masters])
+        self.optimizer = optimizers.make(setup.optimizer, recorder, [[m] for m in self.masters], self.zero.offload_optimizer)
         for master in self.masters:  # initialize_optimizer_states: on the GPU they go again
             with recorder.of("gradients"), on_device(recorder, not self.zero.offload_optimizer):
                 gradient = torch.empty(len(master), dtype=torch.float32)
@@ -81,6 +82,7 @@ class ZeroEngine:
 
     def _offload_buffers(self) -> None:
         self.host: list[Tensor] = []
+        self.accumulated_on_host: dict[int, Tensor] = {}
         if not self.zero.offload_optimizer:
             return
         with self.recorder.host():
@@ -129,10 +131,17 @@ class ZeroEngine:
                 if self.zero.stage == 2:
                     p.grad = None
             elif self.zero.offload_optimizer:
+                self._accumulate_on_host(p)
                 p.grad = None if self.boundary or self.zero.contiguous_gradients else p.grad
             elif self.zero.contiguous_gradients:
                 self._copy_out(p)
         self.waiting, self.filled = [], 0
+
+    def _accumulate_on_host(self, parameter: Tensor) -> None:
+        """async_accumulate_grad_in_cpu_via_gpu: a 16-bit gradient of every parameter, where a step has several backwards."""
+        if self.accumulates and id(parameter) not in self.accumulated_on_host:
+            with self.recorder.host():
+                self.accumulated_on_host[id(parameter)] = torch.empty(parameter.numel(), dtype=self.dtype)
 
     def _copy_out(self, parameter: Tensor) -> None:
         if self.gradients is None:

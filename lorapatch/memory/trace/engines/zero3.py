@@ -8,6 +8,7 @@ several ranks, and parameters offloaded to the host, take what :mod:`gathering` 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ SUB_GROUP = 1_000_000_000  # elements that are stepped at once (sub_group_size)
 class Zero3Engine:
     """Partitions in one flat buffer, float32 masters and a step by sub-group, gradients reduced into a flat buffer."""
 
-    def __init__(self, recorder: Recorder, model: nn.Module, setup: RunSetup) -> None:
+    def __init__(
+        self, recorder: Recorder, model: nn.Module, setup: RunSetup, leaves: tuple[type[nn.Module], ...] = ()
+    ) -> None:
         assert setup.zero is not None
         self.zero: Zero = setup.zero
         self.recorder, self.ranks = recorder, setup.gpus
@@ -40,9 +43,12 @@ class Zero3Engine:
         self.linear = functional.linear
         functional.linear = _linear  # zero.Init's memory_efficient_linear
         self.sizes = {id(p): p.numel() for p in model.parameters()}
+        self.late: set[int] = set()
+        # before the gatherer's hooks, which let go of what these still need
+        self.kept: list[Any] = [self._watch_leaf(module) for module in model.modules() if isinstance(module, leaves)]
         self.gatherer: Gatherer | None = None
         if self.ranks > 1 or self.zero.offload_param:
-            self.gatherer = Gatherer(recorder, model, self.zero, self.ranks)
+            self.gatherer = Gatherer(recorder, model, self.zero, self.ranks, leaves)
         else:
             self._flatten()
         self.masters = [self._master(group) for group in self.groups]
@@ -54,8 +60,20 @@ class Zero3Engine:
             self.gradients = torch.empty(sum(self._share(p) for p in self.learning), dtype=self.dtype)
         self.waiting: list[Tensor] = []
         self.filled = 0
-        self.kept = [when_accumulated(p, self._hook) for p in self.learning]
-        self.optimizer = optimizers.make(setup.optimizer, recorder, [[m] for m in self.masters])
+        self.kept += [when_accumulated(p, self._hook) for p in self.learning if id(p) not in self.late]
+        self.optimizer = optimizers.make(setup.optimizer, recorder, [[m] for m in self.masters], on_cpu=host)
+
+    def _watch_leaf(self, leaf: nn.Module) -> Any:
+        """Its gradients wait until its backward pass is over (create_reduce_and_remove_grad_hooks)."""
+        parameters: list[Tensor] = [p for p in leaf.parameters() if p.requires_grad]
+        self.late.update(id(p) for p in parameters)
+        return leaf.register_full_backward_hook(functools.partial(self._reduce_leaf, parameters))
+
+    def _reduce_leaf(self, parameters: list[Tensor], *_: Any) -> None:
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.empty_like(p)
+            self._hook(p)
 
     def _share(self, parameter: Tensor) -> int:
         return -(-self.sizes[id(parameter)] // self.ranks)

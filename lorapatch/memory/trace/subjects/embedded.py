@@ -21,6 +21,7 @@ from lorapatch.memory.trace.subjects.plain import count
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 from lorapatch.memory.trace.subjects.towers import SELECT_LAYER, aux_config
 from lorapatch.trainer.lora import add_lora
+from lorapatch.trainer.mining import KeyProjector, ValueProjector
 from lorapatch.trainer.model import BRIDGE, CAUSAL_SDPA, mgm_config
 from lorapatch.trainer.towers import ClipTower, ConvNextTower, image_statistics
 
@@ -63,6 +64,7 @@ def build(setup: RunSetup) -> Subject:
         model=wrapped,
         towers=model.towers,
         tensors=[(model, "pixel_scale")],
+        leaves=(KeyProjector, ValueProjector),  # as train.py says
         make_batch=lambda length: _batch(setup, length, model),
         forward=lambda module, batch: module(**batch),
         vocabulary=int(config.vocab_size),

@@ -29,6 +29,7 @@ class Subject:
     lora: int = 0
     towers: list[nn.Module] = field(default_factory=list)
     tensors: list[Any] = field(default_factory=list)  # (object, attribute) of tensors outside any module's registry
+    leaves: tuple[type[nn.Module], ...] = ()  # classes whose parameters ZeRO-3 gathers together (set_z3_leaf_modules)
     batches_at_once: bool = True  # transformers since 4.46 fetches all micro-batches of a step before the first
     assumed: list[str] = field(default_factory=list)
     not_modelled: list[str] = field(default_factory=list)
