@@ -37,7 +37,9 @@ def _say() -> None:
         "peak_reserved_B": torch.cuda.max_memory_reserved(GPU) if cuda else None,
         "device_used_B": max(_most["device"], _device_used() or 0) or None if cuda else None,
         "host_tensors_B": _most["host"] or None,
-        "host_peak_B": _host_peak(),
+        "host_pinned_B": _most["pinned"] or None,
+        "host_resident_B": _most["resident"] or None,
+        "host_peak_B": _status("VmHWM"),
         "versions": {name: _version(name) for name in PACKAGES},
     }
     print(f"\n{json.dumps(line)}\n", end="", flush=True)  # in one piece, as other ranks write here, too
@@ -57,7 +59,7 @@ def _watch() -> None:
             hooked = True
 
 
-_most = {"device": 0, "host": 0}
+_most = {"device": 0, "host": 0, "pinned": 0, "resident": 0}
 
 
 def _note_host(*_: object) -> None:
@@ -66,23 +68,28 @@ def _note_host(*_: object) -> None:
     The thread that trains calls it behind an optimizer's step: then its states are there, and no activation is, whose end
     the list of all objects would put off.
     """
-    storages = {}
+    storages, pinned = {}, {}
     for found in gc.get_objects():
         if issubclass(type(found), sys.modules["torch"].Tensor):  # isinstance would wake objects that load lazily
             try:
                 tensors = (found, found.grad if found.is_leaf else None)
-                kept = [t.untyped_storage() for t in tensors if t is not None and t.device.type == "cpu"]
-                storages.update({storage.data_ptr(): storage.nbytes() for storage in kept})
+                for tensor in tensors:
+                    if tensor is not None and tensor.device.type == "cpu":
+                        storage = tensor.untyped_storage()
+                        storages[storage.data_ptr()] = storage.nbytes()
+                        if tensor.is_pinned():
+                            pinned[storage.data_ptr()] = storage.nbytes()
             except Exception:  # one without a storage: it has none to count, and the training goes on
                 continue
-    _most["host"] = max(_most["host"], sum(storages.values()))
+    seen = {"host": sum(storages.values()), "pinned": sum(pinned.values()), "resident": _status("VmRSS") or 0}
+    _most.update({name: max(_most[name], size) for name, size in seen.items()})
 
 
-def _host_peak() -> int | None:
-    """Bytes of memory that this process has had at most, of whatever kind."""
+def _status(name: str) -> int | None:
+    """Bytes of memory of whatever kind that this process has (VmRSS), or has had at most (VmHWM)."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
     except (OSError, StopIteration):
         return None
 

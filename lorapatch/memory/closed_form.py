@@ -124,6 +124,8 @@ def _states(setup: RunSetup, parts: Parts, transformers: str) -> _States:
         host_step = 2 * temporary if setup.optimizer == "adamw_torch" else 0.0  # parameter after parameter: two at once
         master = states = flat = temporary = 0.0
         gradient = e * learning if stage == 1 else 0.0
+        if stage < 3:  # the norm of one gradient, in float64
+            flat = (8 + e) / e * largest
     if zero is None and weight == 4 and e == 2:
         buffers += 2 * learning  # autocast keeps its casts of the weights until the pass is over
     held = {"frozen_weights": frozen, "trainable_weights": weights, "master_copies": master, "optimizer_states": states,

@@ -131,17 +131,24 @@ class ZeroEngine:
                 if self.zero.stage == 2:
                     p.grad = None
             elif self.zero.offload_optimizer:
-                self._accumulate_on_host(p)
+                self._to_host(p)
                 p.grad = None if self.boundary or self.zero.contiguous_gradients else p.grad
             elif self.zero.contiguous_gradients:
                 self._copy_out(p)
         self.waiting, self.filled = [], 0
 
-    def _accumulate_on_host(self, parameter: Tensor) -> None:
-        """async_accumulate_grad_in_cpu_via_gpu: a 16-bit gradient of every parameter, where a step has several backwards."""
+    def _to_host(self, parameter: Tensor) -> None:
+        """Where a step has several backwards, a 16-bit sum of gradients; before the step their norm and float32 copies.
+
+        Sources: async_accumulate_grad_in_cpu_via_gpu, set_norm_for_param_grad_in_gpu (get_norm_dtype: float64),
+        async_inplace_copy_grad_to_fp32_buffer_from_gpu.
+        """
         if self.accumulates and id(parameter) not in self.accumulated_on_host:
             with self.recorder.host():
                 self.accumulated_on_host[id(parameter)] = torch.empty(parameter.numel(), dtype=self.dtype)
+        if self.boundary:
+            self.recorder.temporary(8 * parameter.numel(), "the norm in float64")
+            self.recorder.temporary(4 * parameter.numel(), "the gradient in float32")
 
     def _copy_out(self, parameter: Tensor) -> None:
         if self.gradients is None:
