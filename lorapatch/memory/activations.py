@@ -101,7 +101,7 @@ def seeing(setup: RunSetup, parts: Parts) -> tuple[float, float]:
     if parts.vision is None or not images:
         return 0.0, 0.0
     at_once = min(images, _SEEN_AT_ONCE) if setup.trainer == "embedded" else images
-    clip = at_once * parts.vision.tokens * e * (4 * parts.vision.hidden + 2 * parts.vision.intermediate)
+    clip = at_once * parts.vision.patches * e * (4 * parts.vision.hidden + 2 * parts.vision.intermediate)
     if parts.aux is None:
         return float(clip), 0.0
     first = parts.aux.widths[0] * (setup.image_size_aux // parts.aux.patch_size) ** 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorapatch.errors import Refused
+from lorapatch.memory.defaults import language_defaults
 
 __all__ = ["Language", "Linear", "language_in", "model_folder", "read_config", "read_language", "text_config"]
 
@@ -128,15 +129,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a configuration: ``text_config`` where a multimodal one has it."""
+    """The language model's part of a configuration (``text_config`` where a multimodal one has it), defaults filled in."""
     inner = config.get("text_config") or config.get("llm_config")
-    return {**config, **inner} if isinstance(inner, dict) else config
+    if not isinstance(inner, dict):
+        return {**language_defaults(_kind(config)), **config}
+    return {**config, **language_defaults(_kind({**config, **inner})), **inner}
+
+
+def _kind(written: Mapping[str, Any]) -> str:
+    """``model_type`` without what says that it is a part, or whose family the whole is."""
+    return re.sub(r"^(mgm|llava|minigemini)_|_text$", "", str(written.get("model_type", "")))
 
 
 def read_language(config: Mapping[str, Any]) -> Language:
     """The decoder that a ``config.json`` describes. Raises Refused when not even its sizes are there."""
     written = text_config(config)
-    kind = re.sub(r"^(mgm|llava|minigemini)_", "", str(written.get("model_type", "")))
+    kind = _kind(written)
     try:
         language = _OTHERS[kind](written) if kind in _OTHERS else _llama_like(kind, written)
     except KeyError as error:
@@ -155,11 +163,12 @@ _LLAMA_LIKE: Mapping[str, Mapping[str, Any]] = {
     "mistral": {},
     "gemma": {"tied": True, "head_dim": 256},
     "gemma2": {"tied": True, "head_dim": 256, "norms": 4},
-    "gemma3_text": {"tied": True, "head_dim": 256, "norms": 4, "head_norms": True},
+    "gemma3": {"tied": True, "head_dim": 256, "norms": 4, "head_norms": True},
     "qwen2": {"qkv_bias": True},
     "qwen2_vl": {"qkv_bias": True},
     "qwen2_5_vl": {"qkv_bias": True},
     "qwen3": {"head_dim": 128, "head_norms": True},
+    "qwen3_vl": {"head_dim": 128, "head_norms": True},
     "phi3": {"fused": True},
 }
 

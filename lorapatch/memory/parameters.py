@@ -9,7 +9,15 @@ from typing import Any
 from lorapatch.errors import Refused
 from lorapatch.memory.architecture import Language, Linear, language_in, read_config
 from lorapatch.memory.model import RunSetup
-from lorapatch.memory.towers import ConvNext, VisionTransformer, bridge_parameters, read_convnext, read_vision, vision_of
+from lorapatch.memory.towers import (
+    ConvNext,
+    VisionTransformer,
+    bridge_parameters,
+    connector_parameters,
+    read_convnext,
+    read_vision,
+    vision_of,
+)
 
 __all__ = ["Parts", "parts_of"]
 
@@ -57,7 +65,7 @@ def parts_of(setup: RunSetup) -> Parts:
     if vision is not None and setup.family == "mgm":
         bridge = bridge_parameters(setup.projector, vision.hidden, language.hidden, aux.channels if aux else None)
     elif vision is not None:
-        bridge = bridge_parameters("mlp2x_gelu", vision.hidden, language.hidden, None)
+        bridge = connector_parameters(str(read_config(setup.model).get("model_type")), vision, language.hidden)
     targets: tuple[Linear, ...] = ()
     if setup.lora is not None:
         targets = language.targets(setup.lora.target_modules)

@@ -20,7 +20,7 @@ from lorapatch.memory.lengths import Lengths, measure_lengths
 from lorapatch.memory.lora_setup import bits_of, lora_of
 from lorapatch.memory.model import RunSetup, Zero
 from lorapatch.memory.ranks import count_gpus
-from lorapatch.memory.towers import read_vision, vision_of
+from lorapatch.memory.towers import ANY_SIZE, read_vision, vision_of
 from lorapatch.memory.trainers import TRAINERS, Habits, family_of, habits_of, trainer_of
 from lorapatch.memory.versions import versions_of
 from lorapatch.memory.zero import read_zero, runs_in
@@ -31,7 +31,6 @@ __all__ = ["Described", "Wanted", "describe"]
 _MODEL = ("model_name_or_path", "model_name", "model_path", "model_id", "base_model", "model")
 _DATA = ("data_path", "train_file", "train_data", "train_data_path", "dataset_path", "data_file", "dataset")
 _LIMIT = ("model_max_length", "max_seq_length", "max_seq_len", "max_length", "cutoff_len", "block_size")
-_IMAGE_TOKENS = 1024  # of a model that takes images of any size, where its configuration names no number
 
 
 @dataclass(frozen=True)
@@ -319,15 +318,17 @@ def _image_tokens(setup: RunSetup, config: Mapping[str, Any], assumed: list[str]
         return given
     try:
         if setup.family == "image_text":
-            if "qwen" not in str(config.get("model_type")):
-                return vision_of(config, str(setup.model)).tokens
+            tower = vision_of(config, str(setup.model))
         elif setup.vision_tower is not None:
-            return read_vision(setup.vision_tower).tokens
+            tower = read_vision(setup.vision_tower)
+        else:
+            raise Refused("the launch names no vision tower")
     except Refused as refusal:
         assumed.append(f"576 tokens an image: {refusal}")
         return 576
-    assumed.append(f"{_IMAGE_TOKENS} tokens an image: the model takes images of any size")
-    return _IMAGE_TOKENS
+    if tower.merge > 1:
+        assumed.append(f"{tower.tokens} tokens an image: the model takes any size, here {ANY_SIZE} x {ANY_SIZE} pixels")
+    return tower.tokens
 
 
 def _offload_named(name: str) -> Mapping[str, str]:

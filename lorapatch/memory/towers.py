@@ -11,8 +11,14 @@ from typing import Any
 
 from lorapatch.errors import Refused
 from lorapatch.memory.architecture import read_config
+from lorapatch.memory.defaults import TOWERS
 
-__all__ = ["ConvNext", "VisionTransformer", "bridge_parameters", "read_convnext", "read_vision"]
+__all__ = [
+    "ANY_SIZE", "ConvNext", "VisionTransformer", "bridge_parameters", "connector_parameters", "read_convnext", "read_vision",
+    "vision_of",
+]  # fmt: skip
+
+ANY_SIZE = 448  # pixels a side of an image, where a model takes any
 
 # timm's convnext.py: depths and widths.
 _TIMM = {
@@ -27,27 +33,46 @@ _TIMM = {
 
 @dataclass(frozen=True)
 class VisionTransformer:
-    """CLIP's (or a like) vision half; ``class_token`` and norms as CLIP has them."""
+    """The vision half of an image-text model.
+
+    ``kind``: clip, siglip (no class token, a bias at the patches), qwen2_vl and qwen2_5_vl (frames come in pairs, positions
+    are rotary, no norm at the end; the latter's MLP is gated). ``merge`` x ``merge`` patches become one token; ``head``:
+    SigLIP's pooling by attention, which costs parameters and is not used.
+    """
 
     hidden: int
     intermediate: int
     layers: int
     image_size: int
     patch_size: int
-    clip: bool = True
+    kind: str = "clip"
+    merge: int = 1
+    head: bool = False
+
+    @property
+    def patches(self) -> int:
+        """Of an image, each a position in the tower."""
+        return (self.image_size // self.patch_size // self.merge * self.merge) ** 2
 
     @property
     def tokens(self) -> int:
-        """Patches of an image, each a token for the language model."""
-        return (self.image_size // self.patch_size) ** 2
+        """Of an image, for the language model."""
+        return self.patches // self.merge**2
 
     @property
     def parameters(self) -> int:
-        width = self.hidden
-        patches = 3 * self.patch_size**2 * width + (0 if self.clip else width)
-        positions = (self.tokens + self.clip) * width
-        layer = 4 * (width * width + width) + 2 * width * self.intermediate + self.intermediate + 5 * width
-        return patches + positions + (width if self.clip else 0) + self.layers * layer + (4 if self.clip else 2) * width
+        width, inner = self.hidden, self.intermediate
+        patches = 3 * self.patch_size**2 * width
+        if self.kind == "clip":
+            outside = patches + (self.patches + 1) * width + 5 * width
+        elif self.kind == "siglip":
+            outside = patches + self.patches * width + 3 * width
+        else:
+            outside = 2 * patches
+        gated = self.kind == "qwen2_5_vl"
+        mlp = (3 if gated else 2) * width * inner + (2 if gated else 1) * inner + width
+        layer = 4 * (width * width + width) + mlp + (2 if gated else 4) * width
+        return outside + self.layers * layer + (layer - width if self.head else 0)
 
 
 @dataclass(frozen=True)
@@ -83,23 +108,36 @@ def read_vision(folder: Path) -> VisionTransformer:
 
 def vision_of(config: Mapping[str, Any], where: str) -> VisionTransformer:
     """The same from the configuration itself, or from the ``vision_config`` in it."""
-    inner = config.get("vision_config")
-    written = inner if isinstance(inner, dict) else config
+    inner, outer = config.get("vision_config"), str(config.get("model_type", "clip"))
+    name = outer
+    if isinstance(inner, dict):
+        name = str(inner.get("model_type") or (outer if "qwen" in outer else "clip_vision_model"))
+    name = name.removesuffix("_vision")
+    written = {**TOWERS.get(name, {}), **(inner if isinstance(inner, dict) else config)}
     try:
-        hidden = int(written.get("hidden_size") or written["embed_dim"])
+        hidden = int(written.get("embed_dim") or written["hidden_size"])
+        merge = int(written.get("spatial_merge_size") or 1)
         tower = VisionTransformer(
             hidden=hidden,
             intermediate=int(written.get("intermediate_size") or int(written.get("mlp_ratio", 4)) * hidden),
             layers=int(written.get("num_hidden_layers") or written["depth"]),
-            image_size=int(written.get("image_size") or 336),
+            image_size=int(written.get("image_size") or (ANY_SIZE if merge > 1 else 336)),
             patch_size=int(written.get("patch_size") or 14),
-            clip="clip" in str(written.get("model_type", "clip")) and "siglip" not in str(written.get("model_type")),
+            kind=_tower_kind(name),
+            merge=merge,
+            head="siglip" in name and bool(written.get("vision_use_head", True)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise Refused(f"{where}: the vision tower's configuration has no {error}") from error
-    if min(tower.hidden, tower.layers, tower.image_size, tower.patch_size) < 1:
+    if min(tower.hidden, tower.layers, tower.image_size, tower.patch_size, tower.merge) < 1:
         raise Refused(f"{where}: the vision tower's configuration has a size below 1")
     return tower
+
+
+def _tower_kind(name: str) -> str:
+    if "qwen" in name:
+        return "qwen2_5_vl" if "qwen2_5" in name else "qwen2_vl"
+    return "clip" if "clip" in name and "siglip" not in name else "siglip"
 
 
 def read_convnext(folder: Path) -> ConvNext:
@@ -155,3 +193,15 @@ def bridge_parameters(kind: str, vision: int, language: int, aux_channels: int |
     if aux_channels is None:
         return projector
     return projector + 2 * vision + (vision + 1) * vision + 2 * (2 * aux_channels + (aux_channels + 1) * vision)
+
+
+def connector_parameters(model_type: str, vision: VisionTransformer, language: int) -> int:
+    """Parameters between the halves of transformers' image-text models, ``language`` being the width of the second.
+
+    Qwen-VL's merger of several patches, PaliGemma's single layer, LLaVA's two.
+    """
+    if vision.merge > 1:
+        wide = vision.hidden * vision.merge**2
+        norm = vision.hidden if vision.kind == "qwen2_5_vl" else 2 * vision.hidden
+        return norm + (wide + 1) * wide + (wide + 1) * language
+    return bridge_parameters("linear" if model_type == "paligemma" else "mlp2x_gelu", vision.hidden, language, None)

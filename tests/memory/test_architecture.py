@@ -12,6 +12,8 @@ from tiny_run import CLIP_L, CONVNEXT_L, GEMMA_2B, LLAMA, mgm_run, write_json
 import lorapatch
 from lorapatch.errors import Refused
 from lorapatch.memory.architecture import language_in, read_config, read_language
+from lorapatch.memory.defaults import LANGUAGES, TOWERS, language_defaults
+from lorapatch.memory.model import RunSetup
 from lorapatch.memory.parameters import parts_of
 from lorapatch.memory.towers import read_convnext, read_vision
 
@@ -84,6 +86,57 @@ def test_towers_of_other_sizes_are_counted_as_transformers_builds_them(tmp_path:
     assert read_vision(tmp_path / "clip").parameters == real[0]
     norm = 2 * 32  # behind the pooling, which a tower does not use
     assert read_convnext(tmp_path / "convnext").parameters == real[1] - norm
+
+
+@pytest.mark.parametrize("kind", sorted(LANGUAGES))
+def test_what_a_language_models_configuration_leaves_out_is_what_transformers_has(kind: str) -> None:
+    auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+    named = f"{kind}_text" if f"{kind}_text" in auto.CONFIG_MAPPING else kind
+    config = auto.CONFIG_MAPPING[named]()
+    found = language_defaults(kind)
+    assert found.pop("num_key_value_heads") in (config.num_key_value_heads, None)
+    assert found == {name: getattr(config, name) for name in found}
+    ours = read_language({"model_type": named})
+    assert ours.known and ours.kv_heads == config.num_key_value_heads
+    assert ours.head_dim == getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert ours == read_language({"text_config": {"model_type": named}, "hidden_size": 5, "model_type": "whole"})
+
+
+@pytest.mark.parametrize("kind", sorted(TOWERS))
+def test_what_a_towers_configuration_leaves_out_is_what_transformers_has(kind: str) -> None:
+    auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+    config = auto.CONFIG_MAPPING[kind]()
+    config = getattr(config, "vision_config", config)
+    assert TOWERS[kind] == {name: getattr(config, name) for name in TOWERS[kind]}
+
+
+def test_llavas_published_configuration_names_hardly_more_than_its_parts(tmp_path: Path) -> None:
+    written = {
+        "model_type": "llava", "image_token_index": 32000, "vision_feature_layer": -2, "tie_word_embeddings": False,
+        "text_config": {
+            "_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096,
+            "model_type": "llama", "rms_norm_eps": 1e-05, "torch_dtype": "float16", "vocab_size": 32064,
+        },
+        "vision_config": {
+            "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+            "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
+        },
+    }  # fmt: skip
+    write_json(tmp_path / "config.json", written)
+    setup = RunSetup(family="image_text", trainer="transformers", model=tmp_path, method="full", micro_batch=1, sequence=9,
+                     labels=9)  # fmt: skip
+    assert language_in(tmp_path).positions == 4096
+    assert parts_of(setup).total == 7_063_427_072
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [("qwen2_vl_text", "qwen2_vl"), ("qwen2_5_vl_text", "qwen2_5_vl"), ("qwen3_vl_text", "qwen3"), ("gemma3_text", "gemma3")],
+)
+def test_a_nested_models_type_is_that_of_its_family(written: str, kind: str) -> None:
+    nested = read_language({**LLAMA, "model_type": written})
+    assert nested.known and nested.parameters == read_language({**LLAMA, "model_type": kind}).parameters
+    assert nested.parameters != read_language(LLAMA).parameters
 
 
 def test_an_unknown_model_is_counted_as_a_llama_and_says_so() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tiny_run import ZERO2, mgm_run, text_run, write_json
+from tiny_runs import IMAGE_TEXT
 
 import lorapatch
 from lorapatch.errors import Refused, UsageError
@@ -199,6 +200,16 @@ def test_lengths_come_from_the_data_and_seq_and_images_win(tmp_path: Path) -> No
     assert any("lengths from data.json: 10 samples" in note for note in found.assumed)
     fixed = sides(script, sequence=700, images=2)["after"]
     assert {s.sequence for s in (fixed.low, fixed.setup, fixed.high)} == {700} and fixed.setup.images == 2
+
+
+def test_a_model_that_takes_images_of_any_size_says_how_large_they_were_taken(tmp_path: Path) -> None:
+    script = text_run(tmp_path)
+    write_json(tmp_path / "model/config.json", IMAGE_TEXT["qwen2_vl"])
+    found = sides(script)["after"]
+    assert "256 tokens an image: the model takes any size, here 448 x 448 pixels" in found.assumed
+    (tmp_path / "data.json").unlink()
+    assert sides(script, images=0, sequence=300)["after"].setup.labels == 300
+    assert sides(script, images=1, sequence=300)["after"].setup.labels == 300 - 256
 
 
 def test_without_data_the_longest_allowed_is_taken_and_nothing_is_sure(tmp_path: Path) -> None:

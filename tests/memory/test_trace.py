@@ -15,12 +15,14 @@ pytest.importorskip("peft")
 
 from tiny_runs import IMAGE_TEXT, ZERO2, ZERO3, folder, mgm_run, text_run, true_mgm_run  # noqa: E402
 
+from lorapatch.memory import towers  # noqa: E402
 from lorapatch.memory.closed_form import closed_form  # noqa: E402
 from lorapatch.memory.model import CATEGORIES, LoraSetup, RunSetup  # noqa: E402
+from lorapatch.memory.parameters import parts_of  # noqa: E402
 from lorapatch.memory.trace.engines.zero3 import Zero3Engine  # noqa: E402
 from lorapatch.memory.trace.recorder import Recorder  # noqa: E402
 from lorapatch.memory.trace.run import measure, trace_subject  # noqa: E402
-from lorapatch.memory.trace.subjects import embedded, plain, upstream  # noqa: E402
+from lorapatch.memory.trace.subjects import embedded, image_text, plain, upstream  # noqa: E402
 
 WORKSPACES = 2 * 32 * (1 << 20)  # cuBLAS on Hopper, for two threads
 HIDDEN, INTER, VOCABULARY, LAYERS, RANK = 64, 128, 512, 2, 4
@@ -275,6 +277,32 @@ def test_image_text_models_are_traced_with_their_towers(tmp_path: Path, kind: st
     assert any("images are" in said for said in found.assumed)
     more = measure(replace(setup, images=2), 90)
     assert more.categories["activations"] > found.categories["activations"]
+
+
+@pytest.mark.parametrize("size", [448, 224])
+def test_an_image_of_any_size_is_as_many_tokens_as_the_trace_has_patches_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    for module in (towers, image_text):
+        monkeypatch.setattr(module, "ANY_SIZE", size)
+    setup = text_run(tmp_path, family="image_text", model=folder(tmp_path / "model", IMAGE_TEXT["qwen2_vl"]), images=3)
+    config = plain.read_config(setup)
+    pixels = image_text._pixels(config, setup)
+    patches = [time * rows * columns for time, rows, columns in pixels["grid"]]
+    tokens = towers.vision_of(IMAGE_TEXT["qwen2_vl"], "").tokens
+    assert tokens == (size // 28) ** 2  # 14 pixels a patch, 2 x 2 patches a token
+    assert patches == [4 * tokens] * setup.micro_batch * 3 and pixels["shape"][0] == sum(patches)
+
+
+@pytest.mark.parametrize("kind", list(IMAGE_TEXT))
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_both_ways_count_the_same_parameters_of_image_text_models(tmp_path: Path, kind: str, method: str) -> None:
+    lora = LoraSetup(r=4) if method == "lora" else None
+    model = folder(tmp_path / kind, IMAGE_TEXT[kind])
+    setup = text_run(tmp_path, family="image_text", model=model, method=method, lora=lora)
+    counted, built = parts_of(setup), image_text.build(setup)
+    assert (counted.total, counted.trainable, counted.lora) == (built.total, built.trainable, built.lora)
+    assert counted.notes == ()
 
 
 def lora_shapes(kind: str) -> list[tuple[int, int]]:

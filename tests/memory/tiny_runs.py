@@ -51,6 +51,14 @@ IMAGE_TEXT = {
         },
     },
 }  # fmt: skip
+IMAGE_TEXT["qwen2_5_vl"] = IMAGE_TEXT["qwen2_vl"] | {
+    "model_type": "qwen2_5_vl", "text_config": IMAGE_TEXT["qwen2_vl"]["text_config"] | {"model_type": "qwen2_5_vl_text"},
+    "vision_config": {
+        "model_type": "qwen2_5_vl", "depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2,
+        "intermediate_size": 48, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+        "fullatt_block_indexes": [1], "window_size": 112,
+    },
+}  # fmt: skip
 TRUE_SIZE = {
     "language": {
         "model_type": "gemma", "vocab_size": 256_000, "hidden_size": 2048, "intermediate_size": 16_384,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorapatch.errors import Refused
 from lorapatch.memory.model import RunSetup
+from lorapatch.memory.towers import ANY_SIZE
 from lorapatch.memory.trace import quantised
 from lorapatch.memory.trace.fake import made_on_meta
 from lorapatch.memory.trace.recorder import unset_fake_temporarily
@@ -19,8 +20,6 @@ from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 
 __all__ = ["build"]
 
-# An image of a model that takes any size, in pixels a side.
-SIDE = 448
 _TOWERS = ("vision", "visual", "image_tower", "projector", "connector", "merger", "lm_head")
 
 
@@ -67,11 +66,11 @@ def _pixels(config: Any, setup: RunSetup) -> dict[str, Any]:
         raise Refused(f"{setup.model}/config.json has no vision_config: it is no image-text model")
     count = setup.micro_batch * setup.images
     if hasattr(vision, "spatial_merge_size"):  # Qwen-VL: patches of all images in one row, [n, channels · time · p · p]
-        side = SIDE // vision.patch_size // vision.spatial_merge_size * vision.spatial_merge_size
+        side = ANY_SIZE // vision.patch_size // vision.spatial_merge_size * vision.spatial_merge_size
         width = getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 2) * vision.patch_size**2
-        said = f"images are {SIDE} x {SIDE} pixels"
+        said = f"images are {ANY_SIZE} x {ANY_SIZE} pixels"
         return {"shape": (count * side * side, width), "grid": [[1, side, side]] * count, "said": said}
-    size = getattr(vision, "image_size", SIDE)
+    size = getattr(vision, "image_size", ANY_SIZE)
     size = size if isinstance(size, int) else size[0]
     return {"shape": (count, 3, size, size), "grid": None, "said": f"images are {size} x {size} pixels"}
 
