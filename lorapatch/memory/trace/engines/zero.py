@@ -27,7 +27,7 @@ class ZeroEngine:
         assert setup.zero is not None
         self.zero: Zero = setup.zero
         self.recorder, self.ranks = recorder, setup.gpus
-        self.accumulates = setup.accumulation > 1
+        self.accumulates = self.zero.stage == 2 and setup.accumulation > 1
         self.groups = decay_groups(model)
         self.dtype = self.groups[0][0].dtype
         self.flats, self.masters = [], []
@@ -138,7 +138,7 @@ class ZeroEngine:
         self.waiting, self.filled = [], 0
 
     def _accumulate_on_host(self, parameter: Tensor) -> None:
-        """async_accumulate_grad_in_cpu_via_gpu: a 16-bit gradient of every parameter, where a step has several backwards."""
+        """async_accumulate_grad_in_cpu_via_gpu: a 16-bit gradient of every parameter, of several backwards a step."""
         if self.accumulates and id(parameter) not in self.accumulated_on_host:
             with self.recorder.host():
                 self.accumulated_on_host[id(parameter)] = torch.empty(parameter.numel(), dtype=self.dtype)
