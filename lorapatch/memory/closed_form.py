@@ -118,9 +118,10 @@ def _states(setup: RunSetup, parts: Parts, transformers: str) -> _States:
         host, states = host + states, 0.0
     if zero is not None and zero.offload_optimizer and stage:
         host += master + states + 4 * share + e * share  # the 16-bit ones: parameters (ZeRO-3: gradients) on their way
-        if stage < 3:  # the way of one gradient, and with accumulation all of them
+        if stage < 3:  # the way of one gradient, and where ZeRO-2 accumulates all of them
             largest = e * _largest(setup, parts)
-            host, buffers = host + largest + (e * share if setup.accumulation > 1 else 0), buffers + largest
+            host += largest + (e * share if stage == 2 and setup.accumulation > 1 else 0)
+            buffers += largest
         host_step = 2 * temporary if setup.optimizer == "adamw_torch" else 0.0  # parameter after parameter: two at once
         master = states = flat = temporary = 0.0
         gradient = e * learning if stage == 1 else 0.0

@@ -141,6 +141,8 @@ class _Reader:
             attention=facts.value("attn_implementation") or habits.attention,
             model_max_length=_limit(facts, habits), allocator=self._allocator(facts, assumed),
         )  # fmt: skip
+        if setup.attention.startswith("flash"):
+            assumed.append(f"{setup.attention} is counted as PyTorch's own flash kernel")
         setup, low, high, exact = self._with_lengths(setup, facts, language, config, assumed)
         return Described(setup, low, high, tuple(dict.fromkeys(assumed)), self._not_modelled(facts), python, sure and exact)
 

@@ -225,6 +225,13 @@ def test_what_cannot_be_modelled_is_said(tmp_path: Path) -> None:
     assert [note.split(":")[0] for note in found.not_modelled] == ["FSDP", "Liger kernels"]
 
 
+def test_flash_attention_is_said_to_be_pytorchs_kernel(tmp_path: Path) -> None:
+    said = "flash_attention_2 is counted as PyTorch's own flash kernel"
+    assert said in sides(text_run(tmp_path, attn_implementation="flash_attention_2"))["after"].assumed
+    for attention in ("sdpa", "eager"):
+        assert said not in sides(text_run(tmp_path, attn_implementation=attention))["after"].assumed
+
+
 def test_a_launch_without_a_model_is_refused_with_what_to_say(tmp_path: Path) -> None:
     script = text_run(tmp_path)
     script.write_text(script.read_text().replace("--model_name_or_path model", "--model_name_or_path $NOWHERE"))

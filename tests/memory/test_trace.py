@@ -168,6 +168,8 @@ def test_host_memory_of_offloaded_states_is_counted_to_the_byte(tmp_path: Path, 
     two = measure(text_run(tmp_path, zero=replace(ZERO2, offload_optimizer=True), **changes), 90)
     # masters, gradients, two moments in float32, the 16-bit parameters and one gradient; the gradients that add up
     assert two.host == 18 * whole + 2 * largest + (2 * whole if accumulation > 1 else 0)
+    one = measure(text_run(tmp_path, zero=replace(ZERO2, stage=1, offload_optimizer=True), **changes), 90)
+    assert one.host == 18 * whole + 2 * largest  # ZeRO-1 accumulates on the GPU
     three = measure(text_run(tmp_path, zero=replace(ZERO3, offload_optimizer=True), **changes), 90)
     assert three.host == 18 * whole  # no 16-bit parameters, all gradients
     both = measure(text_run(tmp_path, zero=replace(ZERO3, offload_optimizer=True, offload_param=True), **changes), 90)

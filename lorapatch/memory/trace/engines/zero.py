@@ -27,7 +27,7 @@ class ZeroEngine:
         assert setup.zero is not None
         self.zero: Zero = setup.zero
         self.recorder, self.ranks = recorder, setup.gpus
-        self.accumulates = setup.accumulation > 1
+        self.accumulates = self.zero.stage == 2 and setup.accumulation > 1
         self.groups = decay_groups(model)
         self.dtype = self.groups[0][0].dtype
         self.flats, self.masters = [], []

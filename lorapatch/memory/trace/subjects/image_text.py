@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from lorapatch.errors import Refused
 from lorapatch.memory.model import RunSetup
 from lorapatch.memory.towers import ANY_SIZE
-from lorapatch.memory.trace import quantised
-from lorapatch.memory.trace.fake import made_on_meta
 from lorapatch.memory.trace.recorder import unset_fake_temporarily
 from lorapatch.memory.trace.subjects import plain
-from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
+from lorapatch.memory.trace.subjects.subject import Subject
 
 __all__ = ["build"]
 
@@ -27,22 +25,10 @@ def build(setup: RunSetup) -> Subject:
     """The model of ``setup.model``'s configuration; LoRA on its language model alone; raises Refused."""
     config = plain.read_config(setup)
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # image tokens are not counted: there are no values
-    dtype = DTYPES[setup.dtype]
-    with made_on_meta(dtype):
-        model = plain.from_config("AutoModelForImageTextToText", config, setup)
-        quantised.replace(model, setup, skip=_TOWERS)
-        quantised.prepare(model, setup)
-        if setup.gradient_checkpointing:
-            model.enable_input_require_grads()
-    with made_on_meta(torch.float32):
-        if setup.method == "lora":
-            model = plain.add_lora(model, setup, keep_dtype=setup.zero is not None, skip=_TOWERS)
+    model = plain.wrapped("AutoModelForImageTextToText", config, setup, skip=_TOWERS)
     if setup.method == "pretrain":
         for name, p in model.named_parameters():
             p.requires_grad_(any(part in name for part in ("projector", "connector", "merger")))
-    if setup.zero is not None:
-        plain.cast(model, dtype)
-    plain.checkpoint(model, setup)
     model.train()
     pixels = _pixels(config, setup)
     total, trainable, lora = plain.count(model)

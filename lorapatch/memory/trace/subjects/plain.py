@@ -17,25 +17,13 @@ from lorapatch.memory.trace import quantised
 from lorapatch.memory.trace.fake import made_on_meta
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 
-__all__ = ["add_lora", "build", "cast", "checkpoint", "count", "from_config", "linear_names", "read_config", "version_of"]
+__all__ = ["build", "cast", "count", "linear_names", "read_config", "version_of", "wrapped"]
 
 
 def build(setup: RunSetup) -> Subject:
     """The model of ``setup.model``'s configuration, wrapped in LoRA by PEFT; raises Refused."""
     config = read_config(setup)
-    dtype = DTYPES[setup.dtype]
-    with made_on_meta(dtype):
-        model = from_config("AutoModelForCausalLM", config, setup)
-        quantised.replace(model, setup, skip=("lm_head",))
-        quantised.prepare(model, setup)
-        if setup.gradient_checkpointing:
-            model.enable_input_require_grads()
-    with made_on_meta(torch.float32):  # what a trainer adds has torch's own dtype
-        if setup.method == "lora":
-            model = add_lora(model, setup, keep_dtype=setup.zero is not None)
-    if setup.zero is not None:
-        cast(model, dtype)
-    checkpoint(model, setup)
+    model = wrapped("AutoModelForCausalLM", config, setup)
     model.train()
     total, trainable, lora = count(model)
     return Subject(
@@ -49,6 +37,25 @@ def build(setup: RunSetup) -> Subject:
         batches_at_once=version_of("transformers") >= (4, 46),
         assumed=[f"the weights are loaded in {setup.dtype}"],
     )
+
+
+def wrapped(auto: str, config: Any, setup: RunSetup, skip: tuple[str, ...] = ("lm_head",)) -> Any:
+    """The model of ``config`` by the auto class ``auto``: packed and with LoRA (nothing whose path has a name in ``skip``),
+    checkpointing on, in the types that the run keeps it in.
+    """
+    with made_on_meta(DTYPES[setup.dtype]):
+        model = from_config(auto, config, setup)
+        quantised.replace(model, setup, skip=skip)
+        quantised.prepare(model, setup)
+        if setup.gradient_checkpointing:
+            model.enable_input_require_grads()
+    if setup.method == "lora":
+        with made_on_meta(torch.float32):  # what a trainer adds has torch's own dtype
+            model = add_lora(model, setup, keep_dtype=setup.zero is not None, skip=skip)
+    if setup.zero is not None:
+        cast(model, DTYPES[setup.dtype])
+    checkpoint(model, setup)
+    return model
 
 
 def version_of(name: str) -> tuple[int, int]:
@@ -125,7 +132,7 @@ def linear_names(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> list
     return sorted(leaves) if told_apart else chosen
 
 
-def add_lora(model: Any, setup: RunSetup, *, keep_dtype: bool, skip: tuple[str, ...] = ("lm_head",)) -> Any:
+def add_lora(model: Any, setup: RunSetup, *, keep_dtype: bool, skip: tuple[str, ...]) -> Any:
     """``model`` as a PeftModel; ``keep_dtype``: the adapter is not made float32 (DeepSpeed casts it back anyway)."""
     from peft import LoraConfig, get_peft_model
 

@@ -15,9 +15,8 @@ from torch.nn import functional
 from transformers import CLIPVisionModel
 
 from lorapatch.memory.model import RunSetup
-from lorapatch.memory.trace import quantised
 from lorapatch.memory.trace.fake import made_on_meta
-from lorapatch.memory.trace.subjects.plain import add_lora, cast, checkpoint, count, from_config, read_config, version_of
+from lorapatch.memory.trace.subjects.plain import cast, count, read_config, version_of, wrapped
 from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 from lorapatch.memory.trace.subjects.towers import SELECT_LAYER, aux_config
 from lorapatch.trainer.towers import ClipTower, ConvNextTower
@@ -28,23 +27,14 @@ __all__ = ["build"]
 def build(setup: RunSetup) -> Subject:
     """Towers, bridge and language model as one module, frozen as ``train.py`` freezes them; raises Refused."""
     config = read_config(setup)
-    dtype = DTYPES[setup.dtype]
-    with made_on_meta(dtype):
-        language = from_config("AutoModelForCausalLM", config, setup)
-        quantised.replace(language, setup, skip=("lm_head",))
-        quantised.prepare(language, setup)
-        if setup.gradient_checkpointing:
-            language.enable_input_require_grads()
+    language = wrapped("AutoModelForCausalLM", config, setup)
     with made_on_meta(torch.float32):  # what the trainer adds has torch's own dtype
-        if setup.method == "lora":
-            language = add_lora(language, setup, keep_dtype=setup.zero is not None)
         model = _Upstream(language, setup, int(config.hidden_size))
     if setup.method == "pretrain":
         model.requires_grad_(False)
         model.mm_projector.requires_grad_(True)
     if setup.zero is not None:
-        cast(model, dtype)
-    checkpoint(language, setup)
+        cast(model, DTYPES[setup.dtype])
     model.train()
     total, trainable, lora = count(model)
     return Subject(
