@@ -66,9 +66,16 @@ class Run:
 
 NO_CHECKPOINTS = {"gradient_checkpointing": False}
 SEQUENCE = {"sequence": 1024}
-MORE_STEPS = {"max_steps": 20}
+SAMPLES = 512  # of each file
 MIXED = "samples_mixed.json"
 EXPANDABLE = "expandable_segments:True"
+
+
+def epoch(micro_batch: int) -> dict[str, int]:
+    """As many steps as show every sample once, with the accumulation of all these runs."""
+    return {"max_steps": SAMPLES // (2 * micro_batch)}
+
+
 RUNS = [
     Run("lora-1", "lorapatch", 1),
     Run("lora-4", "lorapatch", 4),
@@ -107,12 +114,12 @@ RUNS = [
     Run("full-1-zero3-2gpus", "lorapatch", 1, deepspeed="zero3", lora=False, gpus=2),
     Run("qwen2-7b-lora-2-zero3-2gpus", "plain", 2, deepspeed="zero3", model="qwen2-7b", flags=SEQUENCE, gpus=2),
     Run("llama-1b-full-4-2gpus", "plain", 4, deepspeed=None, lora=False, model="llama-1b", flags=SEQUENCE, gpus=2),
-    Run("lora-4-mixed", "lorapatch", 4, flags=MORE_STEPS, data=MIXED),
-    Run("upstream-lora-1-mixed", "upstream", 1, flags=MORE_STEPS, data=MIXED),
-    Run("upstream-lora-4-mixed", "upstream", 4, flags=MORE_STEPS, data=MIXED),
-    Run("upstream-lora-16-mixed", "upstream", 16, flags=MORE_STEPS, data=MIXED),
-    Run("upstream-lora-4-mixed-expandable", "upstream", 4, flags=MORE_STEPS, data=MIXED, allocator=EXPANDABLE),
-    Run("upstream-lora-16-mixed-expandable", "upstream", 16, flags=MORE_STEPS, data=MIXED, allocator=EXPANDABLE),
+    Run("lora-4-mixed", "lorapatch", 4, flags=epoch(4), data=MIXED),
+    Run("upstream-lora-1-mixed", "upstream", 1, flags=epoch(1), data=MIXED),
+    Run("upstream-lora-4-mixed", "upstream", 4, flags=epoch(4), data=MIXED),
+    Run("upstream-lora-16-mixed", "upstream", 16, flags=epoch(16), data=MIXED),
+    Run("upstream-lora-4-mixed-expandable", "upstream", 4, flags=epoch(4), data=MIXED, allocator=EXPANDABLE),
+    Run("upstream-lora-16-mixed-expandable", "upstream", 16, flags=epoch(16), data=MIXED, allocator=EXPANDABLE),
 ]
 
 
@@ -126,7 +133,7 @@ def prepare(options: argparse.Namespace) -> int:
         _configurations(folders, samples, options.size)
     longest = max(samples, key=lambda sample: _tokens(folders, sample))
     for name, repeated in (("samples.json", [longest]), (MIXED, samples)):
-        many = [{**repeated[number % len(repeated)], "id": str(number)} for number in range(512)]
+        many = [{**repeated[number % len(repeated)], "id": str(number)} for number in range(SAMPLES)]
         (work / name).write_text(json.dumps(many), encoding="utf-8")
     for name, config in MODELS.items():
         (folders / name).mkdir(exist_ok=True)

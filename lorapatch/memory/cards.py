@@ -25,7 +25,7 @@ class Card:
 
     ``context`` is the CUDA context with the kernels that a training step loads, ``nccl`` what communication takes when
     a launcher sets it up (DeepSpeed does for one GPU, too), ``communicator`` what every further group of ranks takes,
-    ``workspace`` cuBLAS's and cuBLASLt's, which PyTorch allocates.
+    ``peers`` what talking to other GPUs takes, ``workspace`` cuBLAS's and cuBLASLt's, which PyTorch allocates.
     ``measured``: on such a card, by us or by ``lorapatch estimate --calibrate``; else it is the nearest one's.
     """
 
@@ -34,6 +34,7 @@ class Card:
     context: int
     nccl: int
     communicator: int
+    peers: int
     workspace: int
     measured: bool = False
 
@@ -42,39 +43,39 @@ class Card:
         """Its name as the trace has it, for the compute capability."""
         return next((name for name in COMPUTE_CAPABILITY if name.lower() in _words(self.name)), self.name)
 
-    def overhead(self, *, communicators: int) -> Bytes:
-        """Device memory beside what PyTorch reserves, for one process that talks to others in so many groups."""
+    def overhead(self, *, communicators: int, alone: bool = True) -> Bytes:
+        """Device memory beside what PyTorch reserves, for one process in so many groups of ranks; ``alone``: of one GPU."""
         expected = self.context + (self.nccl + (communicators - 1) * self.communicator if communicators else 0)
+        expected += 0 if alone else self.peers
         spread = 0.25 if self.measured else 0.4
         return Bytes(round(expected * (1 - spread)), expected, round(expected * (1 + spread)))
 
 
-def _card(
-    name: str, memory: int, context: int, nccl: int, communicator: int, workspace: int, measured: bool = False
-) -> Card:
-    return Card(name, memory * MIB, context * MIB, nccl * MIB, communicator * MIB, workspace * MIB, measured)
+def _card(name: str, memory: int, *sizes: int, measured: bool = False) -> Card:
+    return Card(name, memory * MIB, *(size * MIB for size in sizes), measured=measured)
 
 
 # Memory: nvidia-smi's total, MiB. Workspace: aten/src/ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize (32 MiB on compute
 # capability 9, else 8 MiB and a little), once for the forward thread and once for autograd's. Context and NCCL of the
 # H200: training runs with torch 2.11; device less reserved was 0.74 GiB without a launcher, 1.67 GiB under ZeRO-2 (two
-# groups of ranks), 1.29 GiB under ZeRO-3 (one); the H100 is the same chip. The other cards' contexts are rounded from
-# what users report for a PyTorch process with lazy loading (CUDA 12), and were not measured by us.
+# groups of ranks), 1.29 GiB under ZeRO-3 (one); with a second GPU 0.27 (DDP), 0.38 (ZeRO-2) and 0.47 GiB (ZeRO-3) more.
+# The H100 is the same chip. The other cards' contexts are rounded from what users report for a PyTorch process with lazy
+# loading (CUDA 12), and were not measured by us.
 CARDS = (
-    _card("H200", 143_771, 758, 563, 387, 64, measured=True),
-    _card("H100", 81_559, 758, 563, 387, 64),
-    _card("A100 80GB", 81_920, 450, 600, 400, 17),
-    _card("A100 40GB", 40_960, 450, 600, 400, 17),
-    _card("L40S", 46_068, 430, 540, 360, 17),
-    _card("RTX A6000", 49_140, 350, 480, 320, 17),
-    _card("A10", 23_028, 300, 420, 280, 17),
-    _card("L4", 23_034, 330, 420, 280, 17),
-    _card("RTX 5090", 32_607, 500, 540, 360, 17),
-    _card("RTX 4090", 24_564, 400, 420, 280, 17),
-    _card("RTX 3090", 24_576, 310, 420, 280, 17),
-    _card("T4", 15_360, 180, 300, 200, 17),
-    _card("V100 32GB", 32_768, 310, 420, 280, 17),
-    _card("V100 16GB", 16_384, 310, 420, 280, 17),
+    _card("H200", 143_771, 760, 560, 390, 380, 64, measured=True),
+    _card("H100", 81_559, 760, 560, 390, 380, 64),
+    _card("A100 80GB", 81_920, 450, 600, 400, 300, 17),
+    _card("A100 40GB", 40_960, 450, 600, 400, 300, 17),
+    _card("L40S", 46_068, 430, 540, 360, 250, 17),
+    _card("RTX A6000", 49_140, 350, 480, 320, 250, 17),
+    _card("A10", 23_028, 300, 420, 280, 200, 17),
+    _card("L4", 23_034, 330, 420, 280, 200, 17),
+    _card("RTX 5090", 32_607, 500, 540, 360, 250, 17),
+    _card("RTX 4090", 24_564, 400, 420, 280, 200, 17),
+    _card("RTX 3090", 24_576, 310, 420, 280, 200, 17),
+    _card("T4", 15_360, 180, 300, 200, 150, 17),
+    _card("V100 32GB", 32_768, 310, 420, 280, 200, 17),
+    _card("V100 16GB", 16_384, 310, 420, 280, 200, 17),
 )
 _USUAL = "RTX 4090"  # the 24 GB card, where there is none to look at
 

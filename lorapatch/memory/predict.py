@@ -98,7 +98,7 @@ class Predictor:
         """Device memory of the process that PyTorch's allocator does not see."""
         stage = setup.zero.stage if setup.zero is not None else 3  # DistributedDataParallel has one group, as ZeRO-3
         communicators = 0 if setup.zero is None and setup.gpus == 1 else 1 if stage == 3 else 2
-        return self.card.overhead(communicators=communicators)
+        return self.card.overhead(communicators=communicators, alone=setup.gpus == 1)
 
     def counted_at(self, described: Described, micro_batch: int, over: float | None = None) -> int:
         """Expected device memory at another micro-batch by arithmetic, on a card that is large enough; bytes.

@@ -46,6 +46,7 @@ def test_nccl_counts_only_where_a_launcher_sets_it_up() -> None:
     assert alone.expected == card.context and zero3.expected == card.context + card.nccl
     assert zero2.expected == zero3.expected + card.communicator
     assert zero2.low < zero2.expected < zero2.high
+    assert card.overhead(communicators=2, alone=False).expected == zero2.expected + card.peers
 
 
 def test_every_card_has_a_name_that_the_trace_knows_or_its_own() -> None:
