@@ -51,8 +51,12 @@ class Card:
         return Bytes(round(expected * (1 - spread)), expected, round(expected * (1 + spread)))
 
 
-def _card(name: str, memory: int, *sizes: int, measured: bool = False) -> Card:
-    return Card(name, memory * MIB, *(size * MIB for size in sizes), measured=measured)
+def _card(
+    name: str, memory: int, context: int, nccl: int, more: int, peers: int, workspace: int, measured: bool = False
+) -> Card:
+    sizes = (memory, context, nccl, more, peers, workspace)
+    memory, context, nccl, more, peers, workspace = (size * MIB for size in sizes)
+    return Card(name, memory, context, nccl, more, peers, workspace, measured)
 
 
 # Memory: nvidia-smi's total, MiB. Workspace: aten/src/ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize (32 MiB on compute
