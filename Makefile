@@ -13,6 +13,9 @@ SCRIPT ?= $(DEFAULT)
 SMOKE_OPTIONS ?=
 BUDGET ?= 24GiB
 TUNE_OPTIONS ?=
+# Test files at a time. Every worker loads torch and trains, some of it on two ranks: one worker for each core, no more.
+# A file's tests share what they train, so a file is not divided; tests/conftest.py puts the longest first.
+WORKERS ?= 2
 TEMPLATES := $(filter-out stage,$(patsubst templates/%.sh.j2,%,$(wildcard templates/*.sh.j2)))
 RUFF := --target-version py310 --line-length 128 --select E,F,W,I,B,UP --ignore B905
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -73,7 +76,7 @@ check: $(VENV)/patching
 	$(BIN)/lorapatch check original_scripts/*.sh build/check/*.sh $(if $(filter $(DEFAULT),$(SCRIPT)),,$(SCRIPT))
 
 test: $(VENV)/testing
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/testing
 	$(BIN)/ruff check $(RUFF) lorapatch tests benchmarks

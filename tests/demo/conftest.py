@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -33,5 +35,9 @@ def quick_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toolkit folder of a demo as users get it."""
-    return make_demo(tmp_path_factory.mktemp("real") / "demo")
+    """The toolkit folder of a demo as users get it: one for all workers, not to be changed."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with (shared / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed; who comes second finds a finished demo
+        return make_demo(shared / "demo")

@@ -25,6 +25,11 @@ LORA = (
     "    --lora_dropout 0.1 \\\n    --lora_bias none \\\n"
 )
 LAST_FLAG = "    --report_to none \\\n"
+# The same 128 samples a step in fewer parts, and no more processes than it takes.
+QUICK = {
+    "FINETUNE_BATCH_SIZE_PER_GPU": "16", "FINETUNE_GRADIENT_ACCUMULATION_STEPS": "8",
+    "FINETUNE_DATALOADER_NUM_WORKERS": "1",
+}  # fmt: skip
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -99,16 +104,25 @@ def test_fine_tuning_raises_the_accuracy_on_held_out_pictures(trained: Path, bef
     assert after["mmbench"] > before["mmbench"] + 0.1
 
 
-def small_lora(trained: Path, name: str, launch: str = "deepspeed", **values: str) -> Path:
-    """The script with the plan's five flags in its fine-tuning command, two steps of data and few questions.
-
-    Pre-training has been done: it finds its checkpoint and adds no step.
-    """
+def shortened(trained: Path, name: str, samples: int, **values: str) -> Path:
+    """A copy of the toolkit as pre-training left it, with other settings in its script and less to fine-tune on."""
     toolkit = trained.parent.with_name(name) / "toolkit"
     shutil.copytree(trained.parent, toolkit.parent)
-    shutil.rmtree(toolkit.parent / "output" / "training_dirs" / "MGM-2B-Finetune-default")
+    for made in ("training_dirs", "eval_results"):
+        shutil.rmtree(toolkit.parent / "output" / made / "MGM-2B-Finetune-default")
     data = toolkit / "training" / "data" / "finetuning_stage_1_12k" / "mgm_instruction_stage_1_12k.json"
-    data.write_text(json.dumps(json.loads(data.read_text())[:256]))
+    data.write_text(json.dumps(json.loads(data.read_text())[:samples]))
+    text = (toolkit / SCRIPT).read_text()
+    for old, new in (QUICK | values).items():
+        text, found = re.subn(rf"^{old}=.*$", f"{old}={new}", text, flags=re.MULTILINE)
+        assert found == 1, old
+    (toolkit / SCRIPT).write_text(text)
+    return toolkit
+
+
+def small_lora(trained: Path, name: str, launch: str = "deepspeed", **values: str) -> Path:
+    """The script with the plan's five flags in its fine-tuning command, two steps of data and few questions."""
+    toolkit = shortened(trained, name, 256, **values)
     for table in (toolkit / "training/data/eval_stage_1").rglob("*.*"):
         if table.suffix in (".tsv", ".jsonl"):
             table.write_text("".join(table.read_text().splitlines(keepends=True)[:13]))
@@ -116,17 +130,19 @@ def small_lora(trained: Path, name: str, launch: str = "deepspeed", **values: st
     before, behind = text.rsplit(LAST_FLAG, 1)
     text = before + LAST_FLAG + LORA + behind
     start, end = text.rsplit("\ndeepspeed ", 1)
-    text = f"{start}\n{launch} {end}"
-    for old, new in values.items():
-        assert f"{old}=" in text
-        text = re.sub(rf"^{old}=.*$", f"{old}={new}", text, flags=re.MULTILINE)
-    (toolkit / SCRIPT).write_text(text)
+    (toolkit / SCRIPT).write_text(f"{start}\n{launch} {end}")
     return toolkit
+
+
+def skip_pretraining(script: Path) -> None:
+    """Take the first launch out: what it would make is there."""
+    start, end = script.read_text().split("\ndeepspeed ", 1)
+    script.write_text(start + end[end.index("\n\n") :])
 
 
 @pytest.fixture(scope="module")
 def lora(trained: Path) -> Path:
-    toolkit = small_lora(trained, "lora")
+    toolkit = small_lora(trained, "lora")  # pre-training finds its checkpoint and adds no step
     run(["bash", str(toolkit / SCRIPT)], toolkit.parent)
     return toolkit
 
@@ -149,11 +165,10 @@ def test_with_the_merge_the_scripts_own_evaluation_scores_the_tuned_model(
     trained: Path, before: dict[str, float]
 ) -> None:
     """LoRA at ten times the script's learning rate, merged behind its launch: the evaluation finds a whole model."""
-    toolkit = trained.parent.with_name("merged") / "toolkit"
-    shutil.copytree(trained.parent, toolkit.parent)
+    toolkit = shortened(trained, "merged", 1280)
     tuned = toolkit.parent / "output/training_dirs/MGM-2B-Finetune-default"
-    shutil.rmtree(tuned)
     lorapatch.patch_script(toolkit / SCRIPT, lorapatch.PatchOptions(learning_rate=2e-4), with_merge=True)
+    skip_pretraining(toolkit / SCRIPT)
     run(["bash", str(toolkit / SCRIPT)], toolkit.parent)
     assert (tuned / "model.safetensors.index.json").is_file() and not (tuned / "adapter_config.json").exists()
     assert find_adapter(tuned) is not None  # kept beside
@@ -163,12 +178,13 @@ def test_with_the_merge_the_scripts_own_evaluation_scores_the_tuned_model(
 
 
 def test_two_ranks_under_zero_3_have_the_losses_of_one_under_zero_2(lora: Path, trained: Path) -> None:
-    toolkit = small_lora(trained, "ranks", "deepspeed --num_accelerators 2", FINETUNE_GRADIENT_ACCUMULATION_STEPS="16")
+    toolkit = small_lora(trained, "ranks", "deepspeed --num_accelerators 2", FINETUNE_GRADIENT_ACCUMULATION_STEPS="4")
     script = toolkit / SCRIPT
     # The check counts one device where there is no GPU and no numactl: two ranks are this test's own idea.
     text = script.read_text().replace("$FINETUNE_GRADIENT_ACCUMULATION_STEPS 128`", "$FINETUNE_GRADIENT_ACCUMULATION_STEPS 64`")
     start, end = text.rsplit("zero2_offload.json", 1)
     script.write_text(f"{start}zero3.json{end}")
+    skip_pretraining(script)
     run(["bash", str(script)], toolkit.parent)
     name = "MGM-2B-Finetune-default"
     one, two = (losses(root.parent / "output/training_dirs" / name, "finetuning.log") for root in (lora, toolkit))
