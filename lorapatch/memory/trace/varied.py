@@ -46,17 +46,16 @@ class Traced:
 class Sizes:
     """A storage's size at any length: on the line through its size at two."""
 
-    short: Mapping[int, int]  # bytes by storage, of those that differ
-    short_length: int
+    ends: Mapping[int, tuple[int, int]]  # bytes by storage at both lengths, of those that differ
+    short: int
     longest: int
 
     def at(self, number: int, nbytes: int, length: int) -> int:
-        """Bytes of storage ``number``, which takes ``nbytes`` at the longest, in a micro-batch of ``length`` tokens."""
-        low = self.short.get(number)
-        if low is None:
+        """Bytes of storage ``number`` in a micro-batch of ``length`` tokens; ``nbytes`` if it does not change."""
+        if number not in self.ends:
             return nbytes
-        missing = (self.longest - length) / (self.longest - self.short_length)
-        return max(round(nbytes - (nbytes - low) * missing), 1)
+        low, high = self.ends[number]
+        return max(round(high - (high - low) * (self.longest - length) / (self.longest - self.short)), 1)
 
 
 def draw(lengths: Sequence[int], micro_batch: int, seed: int) -> list[int]:
@@ -85,14 +84,17 @@ def reserved(
 ) -> Reserved:
     """The most that is reserved while micro-batches of all lengths pass; of equal ones where ``lengths`` is empty."""
     parts = _parts(traced)
-    second = next(number for number, part in enumerate(parts) if number and part.kind == "step") + 1
-    sizes = _sizes(traced, parts[:second], parts[second:], max(lengths)) if lengths else Sizes({}, 0, 1)
-    before = traced.events[: traced.marks[second][2]]
+    second = next(number for number, part in enumerate(parts) if part.kind == "step") + 1
+    sizes = _sizes(traced, parts[:second], parts[second:]) if lengths else Sizes({}, 0, 1)
     found = []
     for seed in range(orders if lengths else 1):
-        played = draw(lengths, micro_batch, seed) if lengths else [0]
+        played = draw(lengths, micro_batch, seed) if lengths else [0, 0]
         allocator = CachingAllocator(options)
-        _Player(traced, allocator, sizes).play(before, parts[second:], played)
+        player = _Player(traced, allocator, sizes)
+        player.once(traced.events[: traced.marks[0][2]], 0)
+        for part in parts[:second]:
+            player.once(part.events, played[0])
+        player.again_and_again(parts[second:], played[1:])
         found.append(allocator.peak_reserved)
     found.sort()
     return Reserved(found[0], found[len(found) // 2], found[-1])
@@ -112,19 +114,21 @@ def _parts(traced: Traced) -> list[_Part]:
     ]
 
 
-def _sizes(traced: Traced, first: Sequence[_Part], second: Sequence[_Part], longest: int) -> Sizes:
+def _sizes(traced: Traced, first: Sequence[_Part], second: Sequence[_Part]) -> Sizes:
     """Each storage of the second step beside the one of the first that takes its place."""
-    short: dict[int, int] = {}
+    ends: dict[int, tuple[int, int]] = {}
     for kind in ("inputs", "micro-batch"):
         like = next((part for part in first if part.kind == kind), None)
         for part in second:
             if part.kind == kind and like is not None:
-                short.update(_aligned(traced, like, part))
-    return Sizes(short, next(part.length for part in first if part.length), longest)
+                for one, two in _aligned(traced, like, part):
+                    ends[one.number] = ends[two.number] = (one.nbytes, two.nbytes)
+    short, longest = (next(part.length for part in step if part.length) for step in (first, second))
+    return Sizes(ends, short, longest)
 
 
-def _aligned(traced: Traced, first: _Part, second: _Part) -> Iterator[tuple[int, int]]:
-    """(storage of ``second``, bytes of its like in ``first``) where these differ.
+def _aligned(traced: Traced, first: _Part, second: _Part) -> Iterator[tuple[_Made, _Made]]:
+    """Storages of both that are each other's like, where their sizes differ.
 
     Both ran the same code, but for what is made only once and what is accumulated.
     """
@@ -133,7 +137,7 @@ def _aligned(traced: Traced, first: _Part, second: _Part) -> Iterator[tuple[int,
     while i < len(one) and j < len(two):
         if one[i].by == two[j].by:
             if one[i].nbytes != two[j].nbytes:
-                yield two[j].number, one[i].nbytes
+                yield one[i], two[j]
             i, j = i + 1, j + 1
             continue
         skipped = _skipped(one[i : i + _AHEAD + _ALIKE], two[j : j + _AHEAD + _ALIKE])
@@ -167,13 +171,16 @@ class _Player:
 
     def __init__(self, traced: Traced, allocator: CachingAllocator, sizes: Sizes) -> None:
         self.traced, self.allocator, self.sizes = traced, allocator, sizes
-        self.old: set[int] = set()  # what lived before the first part
+        self.old: set[int] = set()  # what lives from before
         self.next = len(traced.made_by)
 
-    def play(self, before: Sequence[tuple[int, int]], parts: Sequence[_Part], lengths: Sequence[int]) -> None:
-        """``before`` once, then ``parts`` until every length has had its micro-batch."""
-        for nbytes, number in before:
-            self._event(nbytes, number)
+    def once(self, events: Sequence[tuple[int, int]], length: int) -> None:
+        """What is not played again: up to the end of the first step, its micro-batch ``length`` tokens long."""
+        for nbytes, number in events:
+            self._event(self.sizes.at(number, nbytes, length) if nbytes > 0 else nbytes, number)
+
+    def again_and_again(self, parts: Sequence[_Part], lengths: Sequence[int]) -> None:
+        """A step's ``parts`` until every length has had its micro-batch."""
         micro_batches = sum(part.kind == "micro-batch" for part in parts)
         for at in range(0, len(lengths), micro_batches):
             step = list(lengths[at : at + micro_batches])
@@ -200,7 +207,7 @@ class _Player:
             self.allocator.release(kept)
 
     def _event(self, nbytes: int, number: int) -> None:
-        """Of what was there before the first part."""
+        """Of what was there before the steps that are played again."""
         if (nbytes, number) == EMPTY_CACHE:
             self.allocator.empty_cache()
         elif nbytes > 0:
