@@ -17,7 +17,7 @@ from lorapatch.memory.allocator import EMPTY_CACHE, AllocatorSettings, CachingAl
 __all__ = ["ORDERS", "Reserved", "Sizes", "Traced", "draw", "reserved", "short_length"]
 
 ORDERS = 3  # of the samples: the median of what they lead to is expected
-MICRO_BATCHES = 32  # of each; the last is the longest, which an epoch holds once
+MICRO_BATCHES = 24  # of each; the last is the longest, which an epoch holds once
 _AHEAD, _ALIKE = 400, 6  # where two steps part: storages looked ahead, and how many in a row have to agree
 
 
