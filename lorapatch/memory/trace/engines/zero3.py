@@ -135,6 +135,13 @@ class Zero3Engine:
 
     def step(self) -> None:
         """Norms, then each sub-group: float32 gradients, the optimizer, 16-bit partitions."""
+        if self.gatherer is not None:
+            self.gatherer.let_all_go()
+        self._step_groups()
+        if self.gatherer is not None:
+            self.gatherer.gather_persistent()
+
+    def _step_groups(self) -> None:
         if self.zero.offload_optimizer:
             with self.recorder.host():
                 self.optimizer.step()
