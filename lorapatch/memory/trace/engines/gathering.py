@@ -110,24 +110,22 @@ class Gatherer:
                 yield from self._watched(child)
 
     def _watch(self, module: nn.Module) -> list[Any]:
-        """Tensors tell of the backward pass: each output, when its gradient comes; the last of the positional inputs."""
-        return [
-            module.register_forward_pre_hook(self._before),
-            module.register_forward_hook(self._after),
-        ]
+        return [module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)]
 
     def _before(self, module: nn.Module, inputs: Any) -> Any:
+        """Its backward pass ends when the last of its positional inputs has its gradient."""
         self.running.append(module)
         self._fetch(module, forward=True)
         self.waiting[module] = 0
-        return self._telling(inputs, functools.partial(self._input_done, module), functools.partial(self._wait, module))
+        return self._telling(inputs, functools.partial(self._input_done, module), functools.partial(self._count, module))
 
     def _after(self, module: nn.Module, _: Any, output: Any) -> Any:
+        """Its backward pass begins with the gradient of each of its outputs."""
         self.running.pop()
         self._release(module, forward=True)
         return self._telling(output, functools.partial(self._fetch, module, forward=False))
 
-    def _wait(self, module: nn.Module) -> None:
+    def _count(self, module: nn.Module) -> None:
         self.waiting[module] += 1
 
     def _input_done(self, module: nn.Module) -> None:
@@ -169,7 +167,7 @@ class Gatherer:
             self.uses = [
                 (part, step)
                 for step, module in enumerate(self.order)
-                for part in sorted(self._needs(module), key=lambda part: part.number)
+                for part in _together(self._needs(module), ())
             ]
         elif self.mode == "invalid":
             self.mode = "record"
@@ -215,7 +213,7 @@ class Gatherer:
     def _pass(self, needed: list[_Part]) -> None:
         """What is here need not be fetched ahead any more."""
         missing = sum(self.fetched.get(part, NEVER) < self.at for part in needed)
-        passed = set()
+        passed: set[_Part] = set()
         while self.queue and len(passed) < missing:
             part, step = self.queue.popleft()
             self.fetched[part] = step
@@ -266,11 +264,11 @@ class Gatherer:
             part.parameter.data = torch.empty(part.shape, dtype=part.parameter.dtype)
 
     def _release(self, module: nn.Module, *, forward: bool) -> None:
-        needed = set(self._needs(module))
+        needed = self._needs(module)
         going = set(self._unused_soon(module) if self.mode == "complete" else needed)
         if not forward:
             recomputed = self.recomputed.pop(module, set())
-            needed |= recomputed
+            needed = _together(needed, recomputed)
             going |= {part for part in recomputed if not part.persists}
             self.backward.pop(module, None)
         for part in needed:
@@ -308,7 +306,7 @@ class Gatherer:
         """The micro-batch is over: modules whose inputs took no gradient (an embedding) let go (backward_epilogue)."""
         while self.backward:
             module, _ = self.backward.popitem()
-            for part in {*self._needs(module), *self.recomputed.pop(module, set())}:
+            for part in _together(self._needs(module), self.recomputed.pop(module, set())):
                 part.users.discard(module)
                 if not part.persists:
                     self._let_go(part)
@@ -333,6 +331,11 @@ class Gatherer:
             handle.remove()
         for module in self.modules:
             module._parameters = dict(module._parameters)
+
+
+def _together(some: Iterable[_Part], others: Iterable[_Part]) -> list[_Part]:
+    """Each once, in the model's order: the allocator minds which is freed first."""
+    return sorted({*some, *others}, key=lambda part: part.number)
 
 
 class _Parameters(dict[str, Any]):
