@@ -44,6 +44,7 @@ class Zero:
     prefetch_bucket_size: int = 50_000_000
     param_persistence_threshold: int = 100_000
     max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)

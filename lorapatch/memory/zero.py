@@ -31,6 +31,7 @@ def read_zero(config: Mapping[str, Any], hidden: int | None) -> Zero:
         prefetch_bucket_size=_sized(zero, "stage3_prefetch_bucket_size", int(0.9 * square), 50_000_000),
         param_persistence_threshold=_sized(zero, "stage3_param_persistence_threshold", 10 * (hidden or 0), 100_000),
         max_live_parameters=_sized(zero, "stage3_max_live_parameters", 0, 1_000_000_000),
+        max_reuse_distance=_sized(zero, "stage3_max_reuse_distance", 0, 1_000_000_000),
     )
 
 

@@ -26,6 +26,7 @@ from lorapatch.memory.trace.recorder import Recorder
 __all__ = ["Zero3Engine"]
 
 SUB_GROUP = 1_000_000_000  # elements that are stepped at once (sub_group_size)
+NORM_PART = 250_000_000  # elements whose norm is taken at once (_constant_buffered_norm2)
 
 
 class Zero3Engine:
@@ -39,7 +40,7 @@ class Zero3Engine:
         self.recorder, self.ranks = recorder, setup.gpus
         self.groups = _sub_groups(decay_groups(model), self.ranks)
         self.learning = [p for group in self.groups for p in group]
-        self.dtype, self.width = self.learning[0].dtype, self.learning[0].element_size()
+        self.dtype = self.learning[0].dtype
         self.linear = functional.linear
         functional.linear = _linear  # zero.Init's memory_efficient_linear
         self.sizes = {id(p): p.numel() for p in model.parameters()}
@@ -60,6 +61,7 @@ class Zero3Engine:
             self.gradients = torch.empty(sum(self._share(p) for p in self.learning), dtype=self.dtype)
         self.waiting: list[Tensor] = []
         self.filled = 0
+        self.boundary = False  # does a step come behind this micro-batch?
         self.kept += [when_accumulated(p, self._hook) for p in self.learning if id(p) not in self.late]
         self.optimizer = optimizers.make(setup.optimizer, recorder, [[m] for m in self.masters], on_cpu=host)
 
@@ -118,16 +120,28 @@ class Zero3Engine:
         self.filled += size
 
     def _reduce(self) -> None:
-        """reduce_scatter_coalesced: several gradients are laid one behind the other first."""
-        if len(self.waiting) > 1:
-            with self.recorder.on("reduction"):
-                self.recorder.temporary(self.filled * self.width, "the gradients that are reduced together")
-        for p in self.waiting:
-            p.grad = None
+        """reduce_scatter_coalesced: several gradients are laid one behind the other first, their shares are parts of that."""
+        with self.recorder.of("gradients"), self.recorder.on("reduction" if self.zero.overlap_comm else ""):
+            flat = torch.empty(self.filled, dtype=self.dtype) if len(self.waiting) > 1 else None
+            for p in self.waiting:
+                if self.zero.offload_optimizer:
+                    self._to_host(self._share(p))
+                p.grad = None
+            del flat
         self.waiting, self.filled = [], 0
+
+    def _to_host(self, share: int) -> None:
+        """The way of one gradient (partition_grads): a copy on the GPU, before the step its norm and a float32 copy, too."""
+        copy = torch.empty(share, dtype=self.dtype)
+        if self.boundary:
+            for start in range(0, share, NORM_PART):
+                self.recorder.temporary(8 * min(share - start, NORM_PART), "the norm in float64")
+            self.recorder.temporary(4 * share, "the gradient in float32")
+        del copy
 
     def backward(self, loss: Tensor, *, boundary: bool) -> None:
         """One micro-batch's backward pass; what was reduced is added to the flat buffer in place."""
+        self.boundary = boundary
         loss.backward()
         self._reduce()
         if self.gatherer is not None:
@@ -135,6 +149,13 @@ class Zero3Engine:
 
     def step(self) -> None:
         """Norms, then each sub-group: float32 gradients, the optimizer, 16-bit partitions."""
+        if self.gatherer is not None:
+            self.gatherer.let_all_go()
+        self._step_groups()
+        if self.gatherer is not None:
+            self.gatherer.gather_persistent()
+
+    def _step_groups(self) -> None:
         if self.zero.offload_optimizer:
             with self.recorder.host():
                 self.optimizer.step()
