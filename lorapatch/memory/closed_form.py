@@ -48,7 +48,7 @@ def closed_form(setup: RunSetup, workspace: int = 0, transformers: str = "") -> 
         total_parameters=parts.total,
         trainable_parameters=parts.trainable,
         lora_parameters=parts.lora,
-        assumed=(*parts.notes, *said_of_host(states.host_step, states.host)),
+        assumed=(*parts.notes, *said_of_host(states.host, states.host_step)),
         not_modelled=("temporaries of single kernels", "fragmentation, but for a ratio"),
     )
 

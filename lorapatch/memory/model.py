@@ -37,6 +37,7 @@ class Zero:
     stage: int = 0
     offload_optimizer: bool = False
     offload_param: bool = False
+    pin_memory: bool = False
     overlap_comm: bool = False
     contiguous_gradients: bool = True
     reduce_bucket_size: int = 500_000_000

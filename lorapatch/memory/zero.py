@@ -24,6 +24,7 @@ def read_zero(config: Mapping[str, Any], hidden: int | None) -> Zero:
         stage=stage,
         offload_optimizer=_offloads(zero, "offload_optimizer") or zero.get("cpu_offload") is True,
         offload_param=stage == 3 and _offloads(zero, "offload_param"),
+        pin_memory=any(_offloads(zero, name) and zero[name].get("pin_memory") is True for name in _OFFLOADED),
         overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
         contiguous_gradients=zero.get("contiguous_gradients", True) is not False,
         reduce_bucket_size=_sized(zero, "reduce_bucket_size", square, 500_000_000),
@@ -33,6 +34,9 @@ def read_zero(config: Mapping[str, Any], hidden: int | None) -> Zero:
         max_live_parameters=_sized(zero, "stage3_max_live_parameters", 0, 1_000_000_000),
         max_reuse_distance=_sized(zero, "stage3_max_reuse_distance", 0, 1_000_000_000),
     )
+
+
+_OFFLOADED = ("offload_optimizer", "offload_param")
 
 
 def _offloads(zero: Mapping[str, Any], name: str) -> bool:
@@ -63,8 +67,12 @@ def runs_in(config: Mapping[str, Any], asked: str) -> str:
     return asked
 
 
-def said_of_host(step: float, held: float) -> tuple[str, ...]:
-    """What is said of ``step`` bytes of host memory that an optimizer on the CPU takes beside the ``held`` ones."""
-    if step * 100 < held or not step:
-        return ()
-    return (f"while the optimizer steps on the CPU it takes {step / (1 << 30):.2f} GiB more of host memory",)
+def said_of_host(held: float, step: float, rounding: float = 0) -> tuple[str, ...]:
+    """What is said of host memory beside the ``held`` bytes of tensors: what an optimizer on the CPU takes for its
+    ``step``, and what pinned buffers take more than they hold; nothing of what is less than a hundredth.
+    """
+    told = (
+        (step, "while the optimizer steps on the CPU it takes {:.2f} GiB more of host memory"),
+        (rounding, "PyTorch rounds pinned buffers up to powers of two: they take {:.2f} GiB more of host memory"),
+    )
+    return tuple(text.format(size / (1 << 30)) for size, text in told if size and size * 100 >= held)

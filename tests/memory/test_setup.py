@@ -179,10 +179,12 @@ def test_deepspeeds_optimizer_takes_the_place_of_adam_on_the_cpu_unless_it_may_n
 
 
 def test_offload_and_an_optimizer_of_deepspeeds_are_read(tmp_path: Path) -> None:
-    zero = {**ZERO2["zero_optimization"], "offload_optimizer": {"device": "cpu"}}  # type: ignore[dict-item]
+    target = {"device": "cpu", "pin_memory": True}
+    zero = {**ZERO2["zero_optimization"], "offload_optimizer": target}  # type: ignore[dict-item]
     write_json(tmp_path / "zero.json", {"zero_optimization": zero, "optimizer": {"type": "AdamW"}})
     setup = after(text_run(tmp_path, "deepspeed train.py", deepspeed="zero.json"))
     assert setup.zero is not None and setup.zero.offload_optimizer and not setup.zero.offload_param
+    assert setup.zero.pin_memory
     assert setup.optimizer == "adamw_torch_fused"
 
 

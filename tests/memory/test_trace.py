@@ -161,6 +161,18 @@ def test_what_is_offloaded_lies_in_host_memory(tmp_path: Path) -> None:
     assert away.allocated < at_home.allocated - 16 * away.trainable_parameters
 
 
+def test_pinned_buffers_are_rounded_up_to_powers_of_two(tmp_path: Path) -> None:
+    def rounding(pinned: bool) -> int:
+        zero = replace(ZERO2, offload_optimizer=True, pin_memory=pinned)
+        return record(text_run(tmp_path, zero=zero, method="full", lora=None, accumulation=1)).host_rounding
+
+    matrices, vectors = sum(n for n in FROZEN if n != HIDDEN), HIDDEN * (2 * LAYERS + 1)
+    buffers = [4 * n for n in (matrices, vectors)] * 2 + [2 * n for n in (matrices, vectors, VOCABULARY * HIDDEN)]
+    # masters and gradients in float32, parameters and the largest gradient in 16 bits; not the optimizer's moments
+    assert rounding(True) == sum((1 << (size - 1).bit_length()) - size for size in buffers) > 0
+    assert rounding(False) == 0
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_host_memory_of_offloaded_states_is_counted_to_the_byte(tmp_path: Path, accumulation: int) -> None:
     changes = {"method": "full", "lora": None, "optimizer": "adamw_torch", "accumulation": accumulation}

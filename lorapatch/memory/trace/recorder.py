@@ -67,6 +67,7 @@ class Recorder(TorchDispatchMode):
         self.phases: dict[str, int] = {}
         self.marks: list[tuple[str, int, int]] = []  # what begins, of which length, with which event
         self.host_live = self.host_peak = self.host_held = 0  # held: when the run is over
+        self.host_rounding = 0  # ATen/core/CachingHostAllocator.h: a pinned block has a power of two of bytes
         self.phase = "load"
         self.category = "activations"
         self.stream = ""
@@ -77,19 +78,19 @@ class Recorder(TorchDispatchMode):
         self._looked = 0
         self._anys: set[int] = set()  # storages that hold an ``any``
         self._known: dict[int, tuple[Any, int]] = {}
-        self._on_host = False
+        self._on_host = self._pinned = False
         self._uncounted = False
         self._scalars_on_host = False
         self._operation = "load"
 
     @contextlib.contextmanager
-    def host(self) -> Iterator[None]:
-        """What is allocated inside lies in host memory."""
-        before, self._on_host = self._on_host, True
+    def host(self, *, pinned: bool = False) -> Iterator[None]:
+        """What is allocated inside lies in host memory, in pages that cannot move if it is ``pinned``."""
+        before, self._on_host, self._pinned = (self._on_host, self._pinned), True, pinned
         try:
             yield
         finally:
-            self._on_host = before
+            self._on_host, self._pinned = before
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -173,6 +174,8 @@ class Recorder(TorchDispatchMode):
 
     def _add_on_host(self, storage: Any, key: int, nbytes: int) -> None:
         self.host_live += nbytes
+        if self._pinned:
+            self.host_rounding += (1 << (nbytes - 1).bit_length()) - nbytes
         self.host_peak = max(self.host_peak, self.host_live)
         self.records.append(Record(nbytes, (), torch.uint8, self.phase, self._operation, "host", len(self.events), -1))
         self._known[key] = (self._watch(storage, key), len(self.records) - 1)

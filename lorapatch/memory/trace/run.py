@@ -57,7 +57,7 @@ def measure(setup: RunSetup, architecture: int, capacity: int | None = None) -> 
         assumed.append("no sample is padded or packed (the masks were not looked at)")
     if said := optimizers.assumption(setup.optimizer):
         assumed.append(said)
-    assumed += said_of_host(recorder.host_peak - recorder.host_held, recorder.host_held)
+    assumed += said_of_host(recorder.host_held, recorder.host_peak - recorder.host_held, recorder.host_rounding)
     return Breakdown(
         way="trace",
         categories=categories,

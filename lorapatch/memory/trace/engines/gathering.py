@@ -91,7 +91,8 @@ class Gatherer:
         found = []
         for part in self.parts.values():
             category = "trainable_weights" if part.parameter.requires_grad else "frozen_weights"
-            with self.recorder.of(category), on_device(self.recorder, not self.zero.offload_param):
+            where = on_device(self.recorder, not self.zero.offload_param, pinned=self.zero.pin_memory)
+            with self.recorder.of(category), where:
                 found.append(torch.empty(-(-part.size // self.ranks), dtype=part.parameter.dtype))
             part.parameter.data = torch.empty(0, dtype=part.parameter.dtype)
         return found

@@ -50,7 +50,7 @@ class ZeroEngine:
         self.kept = [when_accumulated(p, self._hook) for group in self.groups for p in group]
         self.optimizer = optimizers.make(setup.optimizer, recorder, [[m] for m in self.masters], self.zero.offload_optimizer)
         for master in self.masters:  # initialize_optimizer_states: on the GPU they go again
-            with recorder.of("gradients"), on_device(recorder, not self.zero.offload_optimizer):
+            with recorder.of("gradients"), self._offloaded():
                 gradient = torch.empty(len(master), dtype=torch.float32)
                 if self.zero.offload_optimizer:
                     master.grad = gradient
@@ -67,9 +67,12 @@ class ZeroEngine:
             offset += p.numel()
         return flat
 
+    def _offloaded(self) -> contextlib.AbstractContextManager[None]:
+        return on_device(self.recorder, not self.zero.offload_optimizer, pinned=self.zero.pin_memory)
+
     def _master(self, flat: Tensor) -> Tensor:
         share = flat.narrow(0, 0, len(flat) // self.ranks).detach().clone()
-        with self.recorder.of("master_copies"), on_device(self.recorder, not self.zero.offload_optimizer):
+        with self.recorder.of("master_copies"), self._offloaded():
             return torch.empty(len(share), dtype=torch.float32).requires_grad_(True)
 
     def _in_partition(self, group: list[Tensor], flat: Tensor) -> list[Tensor]:
@@ -85,7 +88,7 @@ class ZeroEngine:
         self.accumulated_on_host: dict[int, Tensor] = {}
         if not self.zero.offload_optimizer:
             return
-        with self.recorder.host():
+        with self._offloaded():
             self.host += [torch.empty(len(m), dtype=self.dtype) for m in self.masters]
             self.host.append(torch.empty(self.largest, dtype=self.dtype))
         with self.recorder.of("buffers"):
@@ -144,7 +147,7 @@ class ZeroEngine:
         async_inplace_copy_grad_to_fp32_buffer_from_gpu.
         """
         if self.accumulates and id(parameter) not in self.accumulated_on_host:
-            with self.recorder.host():
+            with self._offloaded():
                 self.accumulated_on_host[id(parameter)] = torch.empty(parameter.numel(), dtype=self.dtype)
         if self.boundary:
             self.recorder.temporary(8 * parameter.numel(), "the norm in float64")
@@ -219,6 +222,6 @@ class ZeroEngine:
                 handle.remove()
 
 
-def on_device(recorder: Recorder, yes: bool) -> contextlib.AbstractContextManager[None]:
-    """Allocations inside go to the GPU, or to the host."""
-    return contextlib.nullcontext() if yes else recorder.host()
+def on_device(recorder: Recorder, yes: bool, *, pinned: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Allocations inside go to the GPU, or to the host, ``pinned`` there or not."""
+    return contextlib.nullcontext() if yes else recorder.host(pinned=pinned)

@@ -57,7 +57,7 @@ class Zero3Engine:
         host = self.zero.offload_optimizer
         with recorder.of("buffers"):
             self.bucket = torch.empty(self.zero.reduce_bucket_size, dtype=self.dtype)
-        with recorder.of("gradients"), on_device(recorder, not host):
+        with recorder.of("gradients"), on_device(recorder, not host, pinned=self.zero.pin_memory):
             self.gradients = torch.empty(sum(self._share(p) for p in self.learning), dtype=self.dtype)
         self.waiting: list[Tensor] = []
         self.filled = 0
@@ -102,8 +102,9 @@ class Zero3Engine:
         host = self.zero.offload_optimizer
         with self.recorder.of("gradients"), on_device(self.recorder, not host):
             buffer = torch.empty(max(len(m) for m in self.masters), dtype=torch.float32)
-            for master in self.masters if host else []:
-                master.grad = torch.empty(len(master), dtype=torch.float32)
+            with on_device(self.recorder, not host, pinned=self.zero.pin_memory):
+                for master in self.masters if host else []:
+                    master.grad = torch.empty(len(master), dtype=torch.float32)
             del buffer
 
     def _hook(self, parameter: Tensor) -> None:
