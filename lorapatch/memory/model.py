@@ -125,8 +125,7 @@ class Breakdown:
     operation: str = ""
     biggest: tuple[Tensor, ...] = ()
     reserved: int | None = None  # the allocator's segments at their most; None: nothing was replayed
-    reserved_low: int | None = None  # by the order in which samples of different lengths come
-    reserved_high: int | None = None
+    reserved_high: int | None = None  # by the order in which samples of different lengths come
     host: int = 0  # bytes of host RAM for offloaded states, of one rank, as they lie there between two steps
     total_parameters: int = 0
     trainable_parameters: int = 0

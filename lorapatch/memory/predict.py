@@ -78,7 +78,8 @@ class Predictor:
         expected = max(breakdown.reserved, allocated.expected)
         over = expected / max(allocated.expected, 1)
         low, high = allocated.low * max(1.0, 1 + (over - 1) / 2), allocated.high * (1 + (over - 1) * 1.5)
-        low, high = min(low, breakdown.reserved_low or low), max(high, breakdown.reserved_high or high)
+        if setup.lengths:  # by the order in which they come; in a short run perhaps the longest first
+            low, high = allocated.low * _RESERVED_USUALLY[0], max(high, breakdown.reserved_high or high)
         return Bytes(round(min(low, expected)), expected, max(self._within(setup, allocated.high, high), expected))
 
     def _within(self, setup: RunSetup, allocated: float, reserved: float) -> int:

@@ -15,6 +15,7 @@ from lorapatch.errors import Refused, UsageError
 from lorapatch.memory import cache
 from lorapatch.memory.closed_form import closed_form
 from lorapatch.memory.estimate import compare, estimate_dict, prediction_dict
+from lorapatch.memory.cards import card_called
 from lorapatch.memory.model import Breakdown, RunSetup
 
 GIB = 1 << 30
@@ -63,8 +64,49 @@ def test_both_sides_are_traced_and_bounded(tmp_path: Path, traced: Any) -> None:
         assert side.reserved.expected == closed_form(side.setup).allocated + 2 * GIB
         for bounds in (side.allocated, side.reserved, side.device):
             assert bounds.low <= bounds.expected <= bounds.high
-        assert side.device.expected - side.reserved.expected == (758 + 950) << 20  # context and NCCL of the card
+        card = card_called("H200")  # ZeRO-2 talks in two groups of ranks
+        assert side.device.expected - side.reserved.expected == card.context + card.nccl + card.communicator
     assert any("lengths from data.json" in note for note in found.after.breakdown.assumed)
+
+
+def fragmented(capacity_of: FakeTrace) -> Callable[[RunSetup, Breakdown], Breakdown]:
+    """Twice as much is reserved as is allocated, where the card has it."""
+
+    def change(setup: RunSetup, found: Breakdown) -> Breakdown:
+        most = 2 * found.allocated
+        room = max(found.allocated, min(most, capacity_of.capacities[-1]))
+        return replace(found, reserved=room, reserved_high=room)
+
+    return change
+
+
+def test_the_allocator_has_the_budget_less_what_lies_beside_it(tmp_path: Path, traced: Any) -> None:
+    fake = traced()
+    card = card_called("H200")
+    beside = card.context + card.nccl + card.communicator
+    lorapatch.estimate(mgm_run(tmp_path), gpu="H200", sides=("after",), largest=False)
+    lorapatch.estimate(mgm_run(tmp_path), gpu="H200", sides=("after",), largest=False, budget_B=24 * GIB)
+    assert fake.capacities == [card.memory - beside, 24 * GIB - beside]  # and both were asked: another card, another answer
+
+
+def test_what_is_reserved_only_because_there_is_room_is_no_reason_against_a_micro_batch(tmp_path: Path, traced: Any) -> None:
+    fake = traced()
+    fake.change = fragmented(fake)
+    found = lorapatch.estimate(mgm_run(tmp_path), gpu="H200", sides=("after",), budget_B=24 * GIB)
+    assert found.after is not None and found.largest_micro_batch is not None
+    assert found.after.device.expected <= 24 * GIB < 2 * found.after.allocated.expected
+    assert found.largest_micro_batch >= found.after.setup.micro_batch
+    tight = lorapatch.estimate(mgm_run(tmp_path), gpu="H200", sides=("after",), largest=False, budget_B=24 * GIB,
+                               settings={"per_device_train_batch_size": found.largest_micro_batch}).after  # fmt: skip
+    assert tight is not None and tight.device.expected <= 24 * GIB
+
+
+def test_lengths_that_differ_may_come_in_an_order_that_fragments_nothing(tmp_path: Path, traced: Any) -> None:
+    traced(lambda setup, found: replace(found, reserved=2 * found.allocated, reserved_high=3 * found.allocated))
+    side = lorapatch.estimate(mgm_run(tmp_path), gpu="H200", sides=("after",), largest=False).after
+    assert side is not None and side.setup.lengths
+    assert side.reserved.low < 1.1 * side.allocated.low
+    assert side.reserved.high >= 3 * side.allocated.expected
 
 
 def test_one_side_alone_is_all_that_is_traced(tmp_path: Path, traced: Any) -> None:

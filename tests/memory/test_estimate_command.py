@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,11 @@ from click.testing import CliRunner, Result
 from tiny_run import mgm_run, text_run, write_json
 
 from lorapatch.cli import main
+from lorapatch.memory import cache
 from lorapatch.memory import calibrate as calibrating
+from lorapatch.memory.closed_form import closed_form
 from lorapatch.memory.history import correction
+from lorapatch.memory.model import Breakdown, RunSetup
 from lorapatch.run.runs import RunOptions
 
 GIB = 1 << 30
@@ -53,6 +57,18 @@ def test_the_table_has_before_and_after_side_by_side(tmp_path: Path) -> None:
         assert all(" to " in cell for cell in table[name])
     assert "memory of one H200 in GiB (closed form)" in ended.output and "biggest tensors after:" in ended.output
     assert "assumed: lengths from data.json" in ended.output and "not modelled: " in ended.output
+
+
+def test_advice_stands_under_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_IN_PROCESS", {})
+
+    def trace(setup: RunSetup, **_: object) -> Breakdown:
+        return replace(closed_form(setup), way="trace", advice=("let segments grow",))
+
+    monkeypatch.setattr("lorapatch.memory.trace.trace", trace)
+    ended = run(mgm_run(tmp_path), "--gpu", "H200")
+    assert ended.exit_code == 0 and "advice for before: let segments grow\n" in ended.output
+    assert "advice for after: let segments grow\n" in ended.output
 
 
 def test_the_json_is_one_document(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,25 @@ def _record(setup: Any, lengths: Iterator[int]) -> Any:
 def _traced(recorder: Any) -> Traced:
     made_by = [(r.operation, r.phase, r.dtype, len(r.shape)) for r in recorder.records]
     return Traced(recorder.events, recorder.marks, recorder.streams, made_by)
+
+
+def test_a_trace_plays_its_samples_lengths_on_its_card_and_advises(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from tiny_runs import text_run
+
+    from lorapatch.memory.trace.run import measure
+
+    run = {"sequence": 16_384, "micro_batch": 1, "accumulation": 1}
+    alike = measure(text_run(tmp_path, **run), 90)
+    setup = text_run(tmp_path, **run, lengths=tuple(range(4096, 16_385, 1024)))
+    differing = measure(setup, 90)
+    assert alike.reserved and differing.reserved and differing.reserved_high
+    assert alike.advice == () and alike.reserved_high == alike.reserved
+    assert differing.allocated == alike.allocated  # the longest decides
+    assert alike.reserved < differing.reserved <= differing.reserved_high
+    assert "with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True it would be" in differing.advice[0]
+    expandable = measure(replace(setup, allocator="expandable_segments:True"), 90)
+    assert expandable.advice == () and expandable.reserved and expandable.reserved < differing.reserved
+    capacity = (differing.allocated + differing.reserved) // 2
+    small = measure(setup, 90, capacity)
+    assert small.reserved and small.reserved <= capacity

@@ -67,7 +67,6 @@ def measure(setup: RunSetup, architecture: int, capacity: int | None = None) -> 
         operation=at.operation,
         biggest=tuple(BigTensor(r.nbytes, r.shape, str(r.dtype).removeprefix("torch."), r.phase, r.operation) for r in biggest),
         reserved=reserved.expected,
-        reserved_low=reserved.low,
         reserved_high=reserved.high,
         host=recorder.host_held,
         total_parameters=subject.total,
@@ -87,7 +86,7 @@ def _reserved(recorder: Recorder, setup: RunSetup, capacity: int | None) -> tupl
     short = short_length(setup.lengths, setup.micro_batch)
     limit = capacity if capacity is not None and recorder.peak <= capacity else None  # what is too large stays as it is
     if short is None and (limit is None or once <= limit):
-        return Reserved(once, once, once), ()
+        return Reserved(once, once), ()
     made_by = [(r.operation, r.phase, r.dtype, len(r.shape)) for r in recorder.records]
     traced = Traced(recorder.events, recorder.marks, recorder.streams, made_by)
     lengths = setup.lengths if short is not None else ()

@@ -22,9 +22,8 @@ _AHEAD, _ALIKE = 400, 6  # where two steps part: storages looked ahead, and how 
 
 
 class Reserved(NamedTuple):
-    """Bytes reserved at the most: the least, the median and the most of several orders of the samples."""
+    """Bytes reserved at the most: the median and the most of several orders of the samples."""
 
-    low: int
     expected: int
     high: int
 
@@ -97,7 +96,7 @@ def reserved(
         player.again_and_again(parts[second:], played[1:])
         found.append(allocator.peak_reserved)
     found.sort()
-    return Reserved(found[0], found[len(found) // 2], found[-1])
+    return Reserved(found[len(found) // 2], found[-1])
 
 
 class _Part(NamedTuple):
