@@ -15,6 +15,7 @@ __all__ = ["closed_form"]
 # Bytes that the optimizer keeps of a parameter (float32 states), by transformers' names; AdamW's otherwise.
 _STATES = {"sgd": 0.0, "adafactor": 0.02, "lion_32bit": 4.0, "lion_8bit": 1.0, "adagrad": 4.0, "rmsprop": 4.0}
 _SUB_GROUP = 1_000_000_000  # elements that ZeRO-3 steps at a time (DeepSpeed's default)
+_NORM_PART = 250_000_000  # elements that it takes the norm of at once
 
 
 def closed_form(setup: RunSetup, workspace: int = 0, transformers: str = "") -> Breakdown:
@@ -71,8 +72,7 @@ class _States:
     gradient: float  # bytes of all gradients as they are kept between micro-steps
     bucket: float  # ZeRO's and DDP's buckets during the backward pass
     step: float  # what the step adds
-    gathered_head: float  # ZeRO-3's whole weights while the loss is computed, and while a layer runs
-    gathered_layer: float
+    gathered: float  # ZeRO-3's whole weights while something is computed
     host: float
     host_step: float  # what the step adds to that
 
@@ -102,10 +102,10 @@ def _states(setup: RunSetup, parts: Parts, transformers: str) -> _States:
         bucket *= 2 if zero.overlap_comm and stage < 3 else 1
     elif ranks > 1:
         bucket = weight * learning
-    host = host_step = head = layer = 0.0
+    host = host_step = gathered = 0.0
     if zero is not None and stage == 3:
         frozen = frozen / ranks + _whole_towers(setup, parts, e) * (1 - 1 / ranks)
-        head, layer = _gathered(setup, parts, e)
+        gathered = _gathered(setup, parts, e)
         flat, temporary = (min(value, 4.0 * _SUB_GROUP) for value in (flat, temporary))
         weights = e * share
         if zero.offload_param:
@@ -127,11 +127,14 @@ def _states(setup: RunSetup, parts: Parts, transformers: str) -> _States:
         gradient = e * learning if stage == 1 else 0.0
         if stage < 3:  # the norm of one gradient, in float64
             flat = (8 + e) / e * largest
+        else:  # the largest weight with its gradient, whose share goes to the host: itself, its norm, its float32 copy
+            part = _largest(setup, parts) / ranks
+            flat = 2 * e * part * ranks + e * part + max(8 * min(part, _NORM_PART), 4 * part)
     if zero is None and weight == 4 and e == 2:
         buffers += 2 * learning  # autocast keeps its casts of the weights until the pass is over
     held = {"frozen_weights": frozen, "trainable_weights": weights, "master_copies": master, "optimizer_states": states,
             "buffers": buffers}  # fmt: skip
-    return _States(held, gradient, bucket, flat + temporary, head, layer, host, host_step)
+    return _States(held, gradient, bucket, flat + temporary, gathered, host, host_step)
 
 
 def _largest(setup: RunSetup, parts: Parts) -> int:
@@ -181,13 +184,15 @@ def _whole_towers(setup: RunSetup, parts: Parts, e: int) -> float:
     return float(e * parts.towers) if setup.trainer == "embedded" else 0.0
 
 
-def _gathered(setup: RunSetup, parts: Parts, e: int) -> tuple[float, float]:
-    """Weights that ZeRO-3 holds together: the embedding or head for the loss, a layer and what is fetched ahead."""
+def _gathered(setup: RunSetup, parts: Parts, e: int) -> float:
+    """Weights that ZeRO-3 holds: what it fetches ahead, as much as may live, and the embedding or head that is needed now.
+
+    One rank that keeps its weights on the GPU gathers nothing.
+    """
     assert setup.zero is not None
-    most = e * setup.zero.max_live_parameters
-    layer = sum(linear.parameters for linear in parts.language.linears)
-    ahead = min(setup.zero.prefetch_bucket_size, parts.language.parameters)
-    return float(min(e * parts.language.embedding, most)), float(min(e * (layer + ahead), most))
+    if setup.gpus == 1 and not setup.zero.offload_param:
+        return 0.0
+    return float(e * min(setup.zero.max_live_parameters + parts.language.embedding, parts.language.parameters))
 
 
 def _added(held: Mapping[str, float], needs: Mapping[str, float]) -> dict[str, float]:
@@ -216,8 +221,8 @@ def _phases(setup: RunSetup, parts: Parts, states: _States, transformers: str) -
     found = {
         "load": {"buffers": e * parts.trainable if flattening else 0.0},
         "loss": {"gradients": kept, "activations": activations, "logits": logits_bytes(setup, parts, transformers),
-                 "buffers": scratch + states.gathered_head},
-        "layer": {**whole, "activations": activations + layer, "buffers": whole["buffers"] + states.gathered_layer},
+                 "buffers": scratch + states.gathered},
+        "layer": {**whole, "activations": activations + layer, "buffers": whole["buffers"] + states.gathered},
         "step": {"gradients": states.gradient, "buffers": states.step},
     }
     if parts.vision is not None:

@@ -232,6 +232,21 @@ def test_the_embedded_trainers_projectors_are_gathered_whole(tmp_path: Path, met
     lora = LoraSetup(r=4) if method == "lora" else None
     found = measure(mgm_run(tmp_path, **{"zero": ZERO3, "method": method, "lora": lora} | changes), 90)
     assert sum(found.categories.values()) == found.allocated
+    assert any("vision towers" in said for said in found.not_modelled)
+
+
+def test_an_offloaded_gradient_takes_its_way_over_the_gpu(tmp_path: Path) -> None:
+    zero = replace(ZERO3, offload_param=True, offload_optimizer=True)
+    largest = VOCABULARY * HIDDEN
+    made = [
+        r.nbytes
+        for r in record(text_run(tmp_path, zero=zero, method="full", lora=None)).records
+        if r.category == "gradients" and r.phase == "backward"
+    ]
+    # itself and its copy in each of three micro-batches; its norm and its float32 before the two steps
+    for width, micro_batches in ((8, 2), (4, 2)):
+        assert made.count(block(largest, width)) == 2 * micro_batches  # the embedding's and the head's
+    assert made.count(block(largest, 2)) >= 2 * 3
 
 
 def test_a_leaf_gathers_for_its_children_and_is_reduced_when_it_is_done(
