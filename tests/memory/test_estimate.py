@@ -13,9 +13,9 @@ from tiny_run import mgm_run, text_run
 import lorapatch
 from lorapatch.errors import Refused, UsageError
 from lorapatch.memory import cache
+from lorapatch.memory.cards import card_called
 from lorapatch.memory.closed_form import closed_form
 from lorapatch.memory.estimate import compare, estimate_dict, prediction_dict
-from lorapatch.memory.cards import card_called
 from lorapatch.memory.model import Breakdown, RunSetup
 
 GIB = 1 << 30
