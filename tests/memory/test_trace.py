@@ -232,7 +232,6 @@ def test_the_embedded_trainers_projectors_are_gathered_whole(tmp_path: Path, met
     lora = LoraSetup(r=4) if method == "lora" else None
     found = measure(mgm_run(tmp_path, **{"zero": ZERO3, "method": method, "lora": lora} | changes), 90)
     assert sum(found.categories.values()) == found.allocated
-    assert any("vision towers" in said for said in found.not_modelled)
 
 
 def test_an_offloaded_gradient_takes_its_way_over_the_gpu(tmp_path: Path) -> None:

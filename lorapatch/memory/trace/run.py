@@ -35,9 +35,6 @@ BIGGEST = 5
 WASTEFUL = 1.1  # reserved over allocated from where on advice is worth its line
 GIB = 1 << 30
 NOT_MODELLED = ("workspaces of convolutions and of sorting kernels",)
-# record_stream: their blocks count until the GPU has come so far, and the towers' kernels are queued before them. They are
-# no need: a full card waits for the GPU and takes them back.
-LATE = "weights that ZeRO-3 let go of while the GPU is still at the vision towers"
 
 
 def measure(setup: RunSetup, architecture: int, capacity: int | None = None) -> Breakdown:
@@ -77,7 +74,7 @@ def measure(setup: RunSetup, architecture: int, capacity: int | None = None) -> 
         lora_parameters=subject.lora,
         assumed=tuple(assumed),
         advice=advice,
-        not_modelled=(*NOT_MODELLED, *([LATE] if _gathers(setup) and subject.towers else []), *subject.not_modelled),
+        not_modelled=(*NOT_MODELLED, *subject.not_modelled),
         versions={name: version for name in ("torch", "transformers", "peft") if (version := _version(name))},
         seconds=time.monotonic() - started,
     )
@@ -146,7 +143,8 @@ def trace_subject(subject: Subject, setup: RunSetup, architecture: int, mode: An
     mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
     recorder.computes_known = isinstance(mode, FakeTensorMode)
     with mode, recorder, cuda_kernels(recorder):
-        partitioned = _gathers(setup)
+        zero = setup.zero
+        partitioned = zero is not None and zero.stage == 3 and (setup.gpus > 1 or zero.offload_param)
         # zero.Init hands out shares of each parameter as soon as it is made: the whole model is nowhere
         with recorder.uncounted() if partitioned else contextlib.nullcontext():
             _load([subject.model], recorder, mode)
@@ -163,12 +161,6 @@ def trace_subject(subject: Subject, setup: RunSetup, architecture: int, mode: An
         recorder.host_held = recorder.host_live
         engine.close()
     return recorder
-
-
-def _gathers(setup: RunSetup) -> bool:
-    """Are there shares of the weights that have to be gathered?"""
-    zero = setup.zero
-    return zero is not None and zero.stage == 3 and (setup.gpus > 1 or zero.offload_param)
 
 
 def _load(modules: list[nn.Module], recorder: Recorder, mode: Any) -> None:
