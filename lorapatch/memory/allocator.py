@@ -7,12 +7,11 @@ c10/core/AllocatorConfig.cpp (PYTORCH_CUDA_ALLOC_CONF). One device; memory is ne
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lorapatch.errors import UsageError
 
-__all__ = ["EMPTY_CACHE", "AllocatorSettings", "CachingAllocator", "replay", "settings"]
+__all__ = ["EMPTY_CACHE", "WASTEFUL", "AllocatorSettings", "CachingAllocator", "settings"]
 
 KIB, MIB = 1 << 10, 1 << 20
 MIN_BLOCK = 512
@@ -22,6 +21,7 @@ LARGE_BUFFER = 20 * MIB  # a segment of requests below MIN_LARGE
 MIN_LARGE = 10 * MIB
 ROUND_LARGE = 2 * MIB
 
+WASTEFUL = 1.1  # reserved over allocated, from where on fragmentation is worth a word
 EMPTY_CACHE = (0, -1)  # the event of torch.cuda.empty_cache()
 
 
@@ -106,6 +106,15 @@ class CachingAllocator:
         self.pools: dict[tuple[str, bool], _Pool] = {}
         self.used: dict[int, _Block] = {}
         self._top = 0
+
+    def play(self, nbytes: int, number: int, stream: str = "") -> None:
+        """One event of a run: (+bytes, id), (-bytes, id) or EMPTY_CACHE."""
+        if (nbytes, number) == EMPTY_CACHE:
+            self.empty_cache()
+        elif nbytes > 0:
+            self.malloc(number, nbytes, stream)
+        else:
+            self.release(number)
 
     def malloc(self, number: int, nbytes: int, stream: str = "") -> int:
         """Allocate ``nbytes`` under the name ``number``; returns the bytes of the block that it gets."""
@@ -243,20 +252,3 @@ class CachingAllocator:
             left.next = right
         if right is not None:
             right.previous = left
-
-
-def replay(
-    events: Iterable[tuple[int, int]],
-    options: AllocatorSettings | None = None,
-    streams: Mapping[int, str] | None = None,
-) -> CachingAllocator:
-    """The allocator after ``events``: (+bytes, id), (-bytes, id) and EMPTY_CACHE; ``streams`` by id, the default is ""."""
-    allocator = CachingAllocator(options)
-    for nbytes, number in events:
-        if (nbytes, number) == EMPTY_CACHE:
-            allocator.empty_cache()
-        elif nbytes > 0:
-            allocator.malloc(number, nbytes, (streams or {}).get(number, ""))
-        else:
-            allocator.release(number)
-    return allocator

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lorapatch.errors import Refused
-from lorapatch.memory.cards import card_here, save_calibration
+from lorapatch.memory.cards import CALIBRATED, card_here, save_calibration
 
 __all__ = ["Calibration", "calibrate"]
 
 _TIMEOUT_S = 120
 _PROBE = Path(__file__).parent / "trace" / "gpu_probe.py"
-_MEASURED = ("context", "nccl", "communicator", "workspace")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def calibrate(python: str | None = None) -> Calibration:
     if card is None:
         raise Refused("no GPU is here to calibrate; `lorapatch doctor` says what is missing")
     found = _probe(python or sys.executable, _used())
-    sizes: dict[str, Any] = {name: None if found[name] is None else max(int(found[name]), 0) for name in _MEASURED}
+    sizes: dict[str, Any] = {name: None if found[name] is None else max(int(found[name]), 0) for name in CALIBRATED}
     measured = Calibration(card.name, str(found["torch"]).partition("+")[0], **sizes)
     save_calibration(card, measured.torch, **sizes)
     return measured
@@ -70,6 +69,6 @@ def _probe(python: str, before: int) -> dict[str, Any]:
         raise Refused(f"{python} cannot use the GPU: {last}") from error
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
         raise Refused(f"{python} cannot measure the GPU: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not found.keys() >= {"torch", *CALIBRATED}:
         raise Refused(f"{python} cannot measure the GPU: it answered {found!r}")
     return found

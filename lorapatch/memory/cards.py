@@ -12,11 +12,11 @@ from lorapatch.memory.model import Bytes
 from lorapatch.memory.trace import COMPUTE_CAPABILITY
 from lorapatch.run.gpus import Gpus
 
-__all__ = ["CARDS", "Card", "card_called", "card_here", "default_card", "save_calibration"]
+__all__ = ["CALIBRATED", "CARDS", "Card", "card_called", "card_here", "default_card", "save_calibration"]
 
 MIB = 1 << 20
 _CALIBRATION = "calibration.json"
-_CALIBRATED = ("context", "nccl", "communicator", "workspace")
+CALIBRATED = ("context", "nccl", "communicator", "workspace")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _calibrated(card: Card, torch: str | None) -> Card:
     found = load(_CALIBRATION).get(_key(card.name, torch))
     if not isinstance(found, dict):
         return card
-    sizes: dict[str, Any] = {name: int(found[name]) for name in _CALIBRATED if found.get(name) is not None}
+    sizes: dict[str, Any] = {name: int(found[name]) for name in CALIBRATED if found.get(name) is not None}
     return replace(card, measured=True, **sizes)
 
 

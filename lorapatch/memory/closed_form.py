@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from lorapatch.memory.activations import FIRST_GEMMA, bridge_saved, logits_bytes, saved_by_layer, seeing, working_on_layer
 from lorapatch.memory.model import CATEGORIES, Breakdown, RunSetup, Tensor
 from lorapatch.memory.parameters import Parts, parts_of
-from lorapatch.memory.zero import said_of_host
+from lorapatch.memory.zero import NORM_PART, SUB_GROUP, said_of_host
 
 __all__ = ["closed_form"]
 
 # Bytes that the optimizer keeps of a parameter (float32 states), by transformers' names; AdamW's otherwise.
 _STATES = {"sgd": 0.0, "adafactor": 0.02, "lion_32bit": 4.0, "lion_8bit": 1.0, "adagrad": 4.0, "rmsprop": 4.0}
-_SUB_GROUP = 1_000_000_000  # elements that ZeRO-3 steps at a time (DeepSpeed's default)
-_NORM_PART = 250_000_000  # elements that it takes the norm of at once
 
 
 def closed_form(setup: RunSetup, workspace: int = 0, transformers: str = "") -> Breakdown:
@@ -106,7 +104,7 @@ def _states(setup: RunSetup, parts: Parts, transformers: str) -> _States:
     if zero is not None and stage == 3:
         frozen = frozen / ranks + _whole_towers(setup, parts, e) * (1 - 1 / ranks)
         gathered = _gathered(setup, parts, e)
-        flat, temporary = (min(value, 4.0 * _SUB_GROUP) for value in (flat, temporary))
+        flat, temporary = (min(value, 4.0 * SUB_GROUP) for value in (flat, temporary))
         weights = e * share
         if zero.offload_param:
             kept = _whole_towers(setup, parts, e)
@@ -129,7 +127,7 @@ def _states(setup: RunSetup, parts: Parts, transformers: str) -> _States:
             flat = (8 + e) / e * largest
         else:  # the largest weight with its gradient, whose share goes to the host: itself, its norm, its float32 copy
             part = _largest(setup, parts) / ranks
-            flat = 2 * e * part * ranks + e * part + max(8 * min(part, _NORM_PART), 4 * part)
+            flat = 2 * e * part * ranks + e * part + max(8 * min(part, NORM_PART), 4 * part)
     if zero is None and weight == 4 and e == 2:
         buffers += 2 * learning  # autocast keeps its casts of the weights until the pass is over
     held = {"frozen_weights": frozen, "trainable_weights": weights, "master_copies": master, "optimizer_states": states,

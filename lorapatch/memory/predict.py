@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lorapatch.errors import LorapatchError
+from lorapatch.memory.allocator import WASTEFUL
 from lorapatch.memory.cache import remembered
 from lorapatch.memory.cards import Card
 from lorapatch.memory.closed_form import closed_form
@@ -22,7 +23,6 @@ _TRACED, _COUNTED, _GUESSED = 0.02, 0.12, 0.4
 # embedded trainer and by MGM with expandable segments, 1.14 to 2.2 by MGM without them.
 _RESERVED = {"upstream": (1.05, 1.3, 2.2)}
 _RESERVED_USUALLY = (1.03, 1.12, 1.25)
-_WASTEFUL = 1.1  # reserved over allocated, from where on fragmentation is what limits a micro-batch
 _MOST = 4096  # micro-batches above are not looked for
 
 
@@ -142,9 +142,9 @@ def largest_micro_batch(
 
 def _with_blocks_given_back(predictor: Predictor, described: Described, side: Side, budget: int, found: int) -> int:
     """More than ``found``, where that much is reserved only because there is room: at most two traces tell."""
-    if side.reserved.expected < _WASTEFUL * side.allocated.expected:
+    if side.reserved.expected < WASTEFUL * side.allocated.expected:
         return found
-    off = side.allocated.expected / (predictor.counted_at(described, side.setup.micro_batch, over=1.0))
+    off = side.allocated.expected / predictor.counted_at(described, side.setup.micro_batch, over=1.0)
     most = _search(lambda size: predictor.counted_at(described, size, over=_RESERVED_USUALLY[0]) * off <= budget)
     for size in (most, (most + found) // 2):
         if size > found and predictor.traced_at(described, size) <= budget:

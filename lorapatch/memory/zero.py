@@ -7,7 +7,11 @@ from typing import Any
 
 from lorapatch.memory.model import Zero
 
-__all__ = ["read_zero", "runs_in", "said_of_host"]
+__all__ = ["NORM_PART", "SUB_GROUP", "read_zero", "runs_in", "said_of_host"]
+
+
+SUB_GROUP = 1_000_000_000  # elements that ZeRO-3 steps at once (sub_group_size)
+NORM_PART = 250_000_000  # elements that it takes the norm of at once (_constant_buffered_norm2)
 
 
 def read_zero(config: Mapping[str, Any], hidden: int | None) -> Zero:

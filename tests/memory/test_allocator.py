@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import pytest
 
 from lorapatch.errors import UsageError
-from lorapatch.memory.allocator import EMPTY_CACHE, AllocatorSettings, CachingAllocator, replay, settings
+from lorapatch.memory.allocator import EMPTY_CACHE, AllocatorSettings, CachingAllocator, settings
 
 KIB, MIB = 1 << 10, 1 << 20
 EXPANDABLE = AllocatorSettings(expandable_segments=True)
+
+
+def replay(
+    events: Iterable[tuple[int, int]],
+    options: AllocatorSettings | None = None,
+    streams: Mapping[int, str] | None = None,
+) -> CachingAllocator:
+    """The allocator after ``events``; ``streams`` by id, the default is ""."""
+    allocator = CachingAllocator(options)
+    for nbytes, number in events:
+        allocator.play(nbytes, number, (streams or {}).get(number, ""))
+    return allocator
 
 
 def test_sizes_are_rounded_to_512_bytes_and_small_ones_share_a_segment_of_2_mib() -> None:

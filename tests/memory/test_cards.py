@@ -112,7 +112,8 @@ def test_calibrating_keeps_what_the_probe_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [("raise RuntimeError('no kernel image')", "cannot use the GPU: RuntimeError: no kernel image"),
-     ("print('hello')", "cannot measure the GPU"), ("print('[1]')", "it answered \\[1\\]")],
+     ("print('hello')", "cannot measure the GPU"), ("print('[1]')", "it answered \\[1\\]"),
+     ("print('{}')", "it answered {}")],
 )  # fmt: skip
 def test_a_probe_that_fails_is_one_sentence(tmp_path: Path, body: str, sentence: str) -> None:
     with pytest.raises(Refused, match=sentence):

@@ -119,8 +119,9 @@ def _record(setup: Any, lengths: Iterator[int]) -> Any:
 
 
 def _traced(recorder: Any) -> Traced:
-    made_by = [(r.operation, r.phase, r.dtype, len(r.shape)) for r in recorder.records]
-    return Traced(recorder.events, recorder.marks, recorder.streams, made_by)
+    from lorapatch.memory.trace.run import traced_by
+
+    return traced_by(recorder)
 
 
 def test_a_trace_plays_its_samples_lengths_on_its_card_and_advises(tmp_path: Path) -> None:

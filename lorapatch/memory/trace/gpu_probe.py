@@ -63,18 +63,18 @@ def _step(weights: list[Tensor]) -> None:
 
 
 def _communication(before: int) -> tuple[int | None, int | None]:
-    """Bytes of the first group of ranks that talks, and of one more; None where NCCL is not there."""
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    try:
-        dist.init_process_group("nccl", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
-    except (RuntimeError, ValueError):
-        return None, None
-    groups: list[Any] = [dist.group.WORLD, dist.new_group(ranks=[0])]
+    """Bytes of the first group of ranks that talks, and of one more; None where NCCL is not there or does not work."""
     found = []
-    for group in groups:
-        _talk(group)
-        found.append(_used(before))
-    dist.destroy_process_group()
+    try:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("nccl", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
+        groups: list[Any] = [dist.group.WORLD, dist.new_group(ranks=[0])]
+        for group in groups:
+            _talk(group)
+            found.append(_used(before))
+        dist.destroy_process_group()
+    except (AttributeError, RuntimeError, ValueError):  # a torch without torch.distributed, without NCCL, or an NCCL error
+        return None, None
     return found[0], found[1] - found[0]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorapatch.memory.allocator import CachingAllocator, settings
+from lorapatch.memory.allocator import WASTEFUL, CachingAllocator, settings
 from lorapatch.memory.model import CATEGORIES, Breakdown, RunSetup
 from lorapatch.memory.model import Tensor as BigTensor
 from lorapatch.memory.trace import optimizers
@@ -28,11 +28,10 @@ from lorapatch.memory.trace.subjects.subject import DTYPES, Subject
 from lorapatch.memory.trace.varied import Reserved, Traced, reserved, short_length
 from lorapatch.memory.zero import said_of_host
 
-__all__ = ["measure", "trace_subject"]
+__all__ = ["measure", "trace_subject", "traced_by"]
 
 STEPS = 2  # optimizer states exist from the end of the first step on
 BIGGEST = 5
-WASTEFUL = 1.1  # reserved over allocated from where on advice is worth its line
 GIB = 1 << 30
 NOT_MODELLED = ("workspaces of convolutions and of sorting kernels",)
 
@@ -87,8 +86,7 @@ def _reserved(recorder: Recorder, setup: RunSetup, capacity: int | None) -> tupl
     limit = capacity if capacity is not None and recorder.peak <= capacity else None  # what is too large stays as it is
     if short is None and (limit is None or once <= limit):
         return Reserved(once, once), ()
-    made_by = [(r.operation, r.phase, r.dtype, len(r.shape)) for r in recorder.records]
-    traced = Traced(recorder.events, recorder.marks, recorder.streams, made_by)
+    traced = traced_by(recorder)
     lengths = setup.lengths if short is not None else ()
     options = settings(setup.allocator, limit)
     found = reserved(traced, lengths, setup.micro_batch, options)
@@ -98,9 +96,15 @@ def _reserved(recorder: Recorder, setup: RunSetup, capacity: int | None) -> tupl
     if better * WASTEFUL > found.expected:
         return found, ()
     return found, (
-        f"samples of different lengths fragment the allocator's memory: {found.expected / GIB:.2f} GiB are reserved for "
+        f"the allocator's memory is fragmented: {found.expected / GIB:.2f} GiB are reserved for "
         f"{recorder.peak / GIB:.2f}; with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True it would be {better / GIB:.2f}",
     )
+
+
+def traced_by(recorder: Recorder) -> Traced:
+    """What was recorded, for the replay at other lengths."""
+    made_by = [(r.operation, r.phase, r.dtype, len(r.shape)) for r in recorder.records]
+    return Traced(recorder.events, recorder.marks, recorder.streams, made_by)
 
 
 def _category(record: Record, subject: Subject) -> str:

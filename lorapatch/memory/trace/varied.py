@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lorapatch.memory.allocator import EMPTY_CACHE, AllocatorSettings, CachingAllocator
+from lorapatch.memory.allocator import AllocatorSettings, CachingAllocator
 
 __all__ = ["ORDERS", "Reserved", "Sizes", "Traced", "draw", "reserved", "short_length"]
 
@@ -170,7 +170,6 @@ class _Player:
 
     def __init__(self, traced: Traced, allocator: CachingAllocator, sizes: Sizes) -> None:
         self.traced, self.allocator, self.sizes = traced, allocator, sizes
-        self.old: set[int] = set()  # what lives from before
         self.next = len(traced.made_by)
 
     def once(self, events: Sequence[tuple[int, int]], length: int) -> None:
@@ -206,12 +205,6 @@ class _Player:
             self.allocator.release(kept)
 
     def _event(self, nbytes: int, number: int) -> None:
-        """Of what was there before the steps that are played again."""
-        if (nbytes, number) == EMPTY_CACHE:
-            self.allocator.empty_cache()
-        elif nbytes > 0:
-            self.allocator.malloc(number, nbytes, self.traced.streams.get(number, ""))
-            self.old.add(number)
-        elif number in self.old:
-            self.allocator.release(number)
-            self.old.discard(number)
+        """Of what was there before the steps that are played again, which can only be freed the first time."""
+        if nbytes >= 0 or number in self.allocator.used:
+            self.allocator.play(nbytes, number, self.traced.streams.get(number, ""))

@@ -46,7 +46,6 @@ class ZeroEngine:
         self.offset = 0
         self.accumulated: list[list[Tensor] | None] = [None] * len(self.groups)
         self.boundary = False
-        self.first_micro_batch = True
         self.kept = [when_accumulated(p, self._hook) for group in self.groups for p in group]
         self.optimizer = optimizers.make(setup.optimizer, recorder, [[m] for m in self.masters], self.zero.offload_optimizer)
         for master in self.masters:  # initialize_optimizer_states: on the GPU they go again

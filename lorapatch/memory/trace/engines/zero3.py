@@ -22,11 +22,9 @@ from lorapatch.memory.trace.engines.gathering import Gatherer
 from lorapatch.memory.trace.engines.plain import decay_groups, when_accumulated
 from lorapatch.memory.trace.engines.zero import on_device
 from lorapatch.memory.trace.recorder import Recorder
+from lorapatch.memory.zero import NORM_PART, SUB_GROUP
 
 __all__ = ["Zero3Engine"]
-
-SUB_GROUP = 1_000_000_000  # elements that are stepped at once (sub_group_size)
-NORM_PART = 250_000_000  # elements whose norm is taken at once (_constant_buffered_norm2)
 
 
 class Zero3Engine:
